@@ -1,0 +1,26 @@
+"""DeepSeek-V3, 671B, with its published pre-training recipe (arXiv:2412.19437, sections 2 and 4.2).
+
+    python -m moejax train configs/deepseek_v3.py --data.train TEXT... --data.tokenizer tokenizer.json
+
+Expect 671,026,419,200 parameters (and 11,610,068,224 of the MTP module), 37.6B of them at work on each token, 250 GFLOP
+a token at this length, 14.8T tokens in about 245,000 steps. DeepSeek used 2,664,000 GPU-hours of the H800. The sizes
+are the defaults of `moejax.config`; what is stated here is the run. The tokenizer is DeepSeek's or one of at most
+129,280 tokens. Not published: the shape of the batch ramp (here eight equal jumps), Adam's epsilon (here 1e-8).
+
+Long context (section 4.3) goes on from the end of this run, twice for 1000 steps at a constant learning rate of
+7.3e-6: sequences of 32,768 in batches of 1920, then of 131,072 in batches of 480, both with
+
+    attention = AttentionConfig(yarn=YarnConfig())
+"""
+
+from moejax.config import DataConfig, PipelineConfig, RunConfig, ScheduleConfig
+
+
+def config() -> RunConfig:
+    """The run."""
+    return RunConfig(
+        name="deepseek_v3",
+        schedule=ScheduleConfig(tokens=14.8e12, ramp_start=3072, ramp_increment=1536, ramp_until=469e9 / 14.8e12),
+        pipeline=PipelineConfig(microbatches=120),  # of 128 rows, one for each pipeline of DeepSeek's
+        data=DataConfig(tokenizer="tokenizer.json", sequence_length=4096, batch_size=15360, fim_rate=0.1),
+    )

@@ -1,0 +1,68 @@
+"""moejax: training of DeepSeek-V3-style models in JAX. `__all__` below is the public surface.
+
+Importing moejax starts no device, and what needs JAX is loaded when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moejax.config import (
+    AttentionConfig,
+    BalanceConfig,
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    Phase,
+    PipelineConfig,
+    RunConfig,
+    ScheduleConfig,
+    YarnConfig,
+)
+from moejax.config_source import load_config
+
+if TYPE_CHECKING:
+    from moejax.serve.load import load
+    from moejax.train.loop import RunResult
+
+__all__ = [
+    "AttentionConfig",
+    "BalanceConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "LogConfig",
+    "MTPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Phase",
+    "PipelineConfig",
+    "RunConfig",
+    "RunResult",
+    "ScheduleConfig",
+    "YarnConfig",
+    "load",
+    "load_config",
+    "train",
+]
+
+_LOADED_ON_USE = {"RunResult": "moejax.train.loop", "load": "moejax.serve.load"}
+
+# The package of the same name would take the place of the function `train` when it is first imported: import it before.
+importlib.import_module("moejax.train")
+
+
+def train(config: RunConfig) -> "RunResult":
+    """Trains as `config` says and returns what came of it; see `moejax.train.loop.train`."""
+    return importlib.import_module("moejax.train.loop").train(config)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_ON_USE:
+        raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LOADED_ON_USE[name]), name)

@@ -1,0 +1,124 @@
+"""The command line: `moejax COMMAND ...`, also `python -m moejax COMMAND ...`.
+
+    moejax train CONFIG [--any.field value ...]      train; CONFIG is a Python file, a config.json or a run folder
+    moejax generate RUN --prompt TEXT [...]          text from a trained model
+    moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
+    moejax COMMAND --help                            all options
+
+Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
+1 a bug; 2 the user's input; 3 hardware asked for is absent; 10 losses or gradients that are not finite.
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from moejax.config import ConfigError, DataConfig, RunConfig
+from moejax.config_source import USAGE, load_config, override
+
+DONE, USER, HARDWARE, NON_FINITE, INTERRUPTED = 0, 2, 3, 10, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. `arguments`: those of the process when None."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except ConfigError as error:
+        return _fail(str(error), USER)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error.filename or 'a file of the run'}: wanted a disk with space left", USER)
+    except RuntimeError as error:
+        if "Unable to initialize backend" not in str(error):  # what JAX says of JAX_PLATFORMS=cuda without a GPU
+            raise
+        return _fail(str(error), HARDWARE)
+
+
+def _run(words: list[str]) -> int:
+    commands = {"train": _train, "generate": _generate, "train-tokenizer": _train_tokenizer}
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return DONE if words else USER
+    if words[0] not in commands:
+        raise ConfigError("COMMAND", words[0], f"one of {', '.join(commands)}")
+    return commands[words[0]](words[1:])
+
+
+def _fail(reason: str, code: int) -> int:
+    print("moejax:", " ".join(reason.split()), file=sys.stderr)
+    return code
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _train(words: list[str]) -> int:
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            override(RunConfig(steps=1), ["--help"])
+        raise ConfigError("CONFIG", words[0] if words else "", f"a config first: {USAGE} [--any.field value ...]")
+    config = load_config(words[0], words[1:])
+    from moejax.train.guard import NonFiniteError
+    from moejax.train.loop import train
+
+    try:
+        train(config)
+    except NonFiniteError as error:
+        return _fail(str(error), NON_FINITE)
+    return DONE
+
+
+def _generate(words: list[str]) -> int:
+    parser = _Parser("generate", "Continues a prompt with a trained model's samples.")
+    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or Hugging Face folder")
+    parser.add_argument("--prompt", default="", help="start of the text")
+    parser.add_argument("--max-tokens", type=int, default=200, help="tokens that are added at most")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this share")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    options = parser.parse_args(words)
+    from moejax.serve.load import load
+
+    text = load(options.run).generate(
+        options.prompt,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    print(options.prompt + text)
+    return DONE
+
+
+def _train_tokenizer(words: list[str]) -> int:
+    parser = _Parser("train-tokenizer", "Trains a byte-level BPE tokenizer on text and writes its tokenizer.json.")
+    parser.add_argument("files", metavar="FILES", nargs="+", help="files, folders or globs, as in data.train")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, special ones included")
+    parser.add_argument("--out", default="tokenizer.json", help="file that is written")
+    parser.add_argument("--text-field", default=DataConfig.text_field, help="as data.text_field")
+    parser.add_argument("--bad-line", choices=("error", "skip"), default=DataConfig.bad_line, help="as data.bad_line")
+    options = parser.parse_args(words)
+    from moejax.data.tokens import train_tokenizer
+
+    reading = DataConfig(text_field=options.text_field, bad_line=options.bad_line)
+    tokens = train_tokenizer(options.files, options.vocab_size, options.out, reading)
+    print(f"{options.out}: {tokens} tokens")
+    return DONE
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ConfigErrors, and whose help shows the defaults."""
+
+    def __init__(self, command: str, description: str):
+        form = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(f"moejax {command}", description=description, formatter_class=form, allow_abbrev=False)
+        self.command = command
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(self.command, message, f"what {self.prog} --help says")

@@ -1,0 +1,82 @@
+"""One transformer block, and a stack of them that is scanned."""
+
+from typing import Literal
+
+import jax
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.model.layers import MLP, Norm
+from moejax.model.mla import MLA
+from moejax.model.moe import BlockStats, MoE
+
+# With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
+# (arXiv:2412.19437, section 3.2.3).
+KEPT = ("q_latent", "kv_latent", "attention_out", "after_attention", "router_logits", "mlp_hidden", "expert_hidden")
+
+
+class Block(nnx.Module):
+    """x + MLA(norm(x)), then x + FFN(norm(x)), where the FFN is dense or a mixture of experts."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, kind: Literal["dense", "moe"]):
+        self.attention_norm = Norm(cfg.hidden_size, cfg.norm_eps)
+        self.attention = MLA(rngs, cfg)
+        self.ffn_norm = Norm(cfg.hidden_size, cfg.norm_eps)
+        self.ffn: MLP | MoE = (
+            MoE(rngs, cfg) if kind == "moe" else MLP(rngs, cfg.hidden_size, cfg.dense_width, cfg.init_std)
+        )
+
+    def __call__(
+        self,
+        x_BSD: Float[Array, "B S D"],
+        positions_BS: Int[Array, "B S"],
+        segment_ids_BS: Int[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
+        """Returns the block's output and, of a mixture of experts, its load."""
+        mixed_BSD = self.attention(self.attention_norm(x_BSD), positions_BS, segment_ids_BS)
+        x_BSD = checkpoint_name(x_BSD + mixed_BSD, "after_attention")
+        if isinstance(self.ffn, MoE):
+            y_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
+            return x_BSD + y_BSD, stats
+        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+
+
+def stack(rngs: nnx.Rngs, cfg: ModelConfig, kind: Literal["dense", "moe"], num_layers: int) -> Block:
+    """A block whose parameters have a leading dim of `num_layers`."""
+    return jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, kind))(jax.random.split(rngs.params(), num_layers))
+
+
+def run_block(
+    block: Block,
+    x_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    segment_ids_BS: Int[Array, "B S"] | None,
+    remat: Literal["none", "cheap", "full"],
+) -> tuple[Float[Array, "B S D"], BlockStats | None]:
+    """`block(x, positions, segment_ids)`, of which the backward pass keeps what `remat` says."""
+
+    def call(block: Block, x: Array) -> tuple[Array, BlockStats | None]:
+        return block(x, positions_BS, segment_ids_BS)
+
+    if remat == "cheap":
+        call = jax.checkpoint(call, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+    elif remat == "full":
+        call = jax.checkpoint(call)
+    return call(block, x_BSD)
+
+
+def run_stack(
+    blocks: Block,
+    x_BSD: Float[Array, "B S D"],
+    positions_BS: Int[Array, "B S"],
+    segment_ids_BS: Int[Array, "B S"] | None,
+    remat: Literal["none", "cheap", "full"],
+) -> tuple[Float[Array, "B S D"], BlockStats | None]:
+    """The blocks of `stack` one after the other; the stats have a leading dim of layers."""
+
+    def layer(x: Array, block: Block) -> tuple[Array, BlockStats | None]:
+        return run_block(block, x, positions_BS, segment_ids_BS, remat)
+
+    return jax.lax.scan(layer, x_BSD, blocks)

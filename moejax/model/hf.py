@@ -1,0 +1,382 @@
+"""Checkpoints of DeepSeek-V3, V2 and V2-Lite in the layout of Hugging Face: names, shapes and `config.json`.
+
+One table serves both directions. Every tensor of a checkpoint is a view of one of our parameters: a slice of a stack of
+layers or experts, half of a joined matrix, transposed where theirs is [out, in] and ours [in, out]. Reading writes into
+that view, writing reads from it. The rotated dims need no permutation: the released weights are interleaved, as is
+`moejax.ops.rope`. Layers are numbered 0 to N - 1, then come the MTP modules.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from moejax.config import AttentionConfig, BalanceConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from moejax.model.transformer import Transformer
+
+# ------------------------------------------------------------------------------------------------------- tensor names
+
+
+def _same(w: np.ndarray) -> np.ndarray:
+    return w
+
+
+def _turned(w: np.ndarray) -> np.ndarray:
+    return w.T
+
+
+def _gate(w: np.ndarray) -> np.ndarray:
+    return w[:, : w.shape[1] // 2].T
+
+
+def _up(w: np.ndarray) -> np.ndarray:
+    return w[:, w.shape[1] // 2 :].T
+
+
+# name below model.layers.{i}., parameter of `Block`, view of that parameter's layer (and expert)
+_BLOCK = (
+    ("input_layernorm.weight", "attention_norm.scale", _same),
+    ("self_attn.q_proj.weight", "attention.q_DH", _turned),
+    ("self_attn.q_a_proj.weight", "attention.q_down_DQ", _turned),
+    ("self_attn.q_a_layernorm.weight", "attention.q_norm.scale", _same),
+    ("self_attn.q_b_proj.weight", "attention.q_up_QH", _turned),
+    ("self_attn.kv_a_proj_with_mqa.weight", "attention.kv_down_DC", _turned),
+    ("self_attn.kv_a_layernorm.weight", "attention.kv_norm.scale", _same),
+    ("self_attn.kv_b_proj.weight", "attention.kv_up_CH", _turned),
+    ("self_attn.o_proj.weight", "attention.out_HD", _turned),
+    ("post_attention_layernorm.weight", "ffn_norm.scale", _same),
+    ("mlp.gate_proj.weight", "ffn.gate_up_DF", _gate),
+    ("mlp.up_proj.weight", "ffn.gate_up_DF", _up),
+    ("mlp.down_proj.weight", "ffn.down_FD", _turned),
+    ("mlp.gate.weight", "ffn.router_DE", _turned),
+    ("mlp.gate.e_score_correction_bias", "ffn.router_bias", _same),
+    ("mlp.experts.{expert}.gate_proj.weight", "ffn.gate_up_EDF", _gate),
+    ("mlp.experts.{expert}.up_proj.weight", "ffn.gate_up_EDF", _up),
+    ("mlp.experts.{expert}.down_proj.weight", "ffn.down_EFD", _turned),
+    ("mlp.shared_experts.gate_proj.weight", "ffn.shared.gate_up_DF", _gate),
+    ("mlp.shared_experts.up_proj.weight", "ffn.shared.gate_up_DF", _up),
+    ("mlp.shared_experts.down_proj.weight", "ffn.shared.down_FD", _turned),
+)
+# of an MTP module, beside its block
+_MTP = (
+    ("enorm.weight", "embed_norm.scale", _same),
+    ("hnorm.weight", "hidden_norm.scale", _same),
+    ("eh_proj.weight", "join_2DD", _turned),
+    ("shared_head.norm.weight", "norm.scale", _same),
+)
+# every MTP module of a checkpoint has its copies of these
+_MTP_COPIES = (("embed_tokens.weight", "embed_VD", _same), ("shared_head.head.weight", "head_DV", _turned))
+_TOP = (
+    ("model.embed_tokens.weight", "embed_VD", _same),
+    ("model.norm.weight", "norm.scale", _same),
+    ("lm_head.weight", "head_DV", _turned),
+)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a checkpoint lies in our model."""
+
+    parameter: str
+    index: tuple[int, ...]  # along the parameter's leading dims: layer, expert
+    view: Callable[[np.ndarray], np.ndarray]
+    copy: bool = False  # another tensor is the same place; this one may be missing
+
+    def of(self, parameters: dict[str, Any]) -> np.ndarray:
+        """The tensor as a view, if the parameter is a NumPy array, else as a copy."""
+        return self.view(np.asarray(parameters[self.parameter][self.index]))
+
+
+def _named_leaves(model: Transformer) -> dict[str, Any]:
+    """The model's arrays by path: `moe_blocks.ffn.router_DE`."""
+    leaves = jax.tree_util.tree_leaves_with_path(model)
+    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}
+
+
+def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
+    """The whole table: the name of every tensor of a checkpoint, and its place among `parameters`."""
+    places = {name: _Place(parameter, (), view) for name, parameter, view in _TOP}
+
+    def add(layer: int, stack: str, index: int, rows: tuple) -> None:
+        for name, parameter, view in rows:
+            parameter = f"{stack}.{parameter}"
+            if parameter not in parameters or (name.endswith("correction_bias") and cfg.moe.gate != "noaux_tc"):
+                continue
+            for expert in range(cfg.moe.num_experts) if "{expert}" in name else (None,):
+                where = (index,) if expert is None else (index, expert)
+                places[f"model.layers.{layer}.{name.format(expert=expert)}"] = _Place(parameter, where, view)
+
+    for layer in range(cfg.num_layers):
+        dense = layer < cfg.num_dense_layers
+        stack, index = ("dense_blocks", layer) if dense else ("moe_blocks", layer - cfg.num_dense_layers)
+        add(layer, stack, index, _BLOCK)
+    for depth in range(cfg.mtp.depth):
+        layer = cfg.num_layers + depth
+        add(layer, "mtp", depth, _MTP)
+        add(layer, "mtp.block", depth, _BLOCK)
+        for name, parameter, view in _MTP_COPIES:
+            places[f"model.layers.{layer}.{name}"] = _Place(parameter, (), view, copy=True)
+    return places
+
+
+# --------------------------------------------------------------------------------------------------------- the weights
+
+
+def to_hf_tensors(model: Transformer, cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor of the checkpoint, one after the other: its name and its values, float32, [out, in], on the host."""
+    parameters = _named_leaves(model)
+    for name, place in _places(parameters, cfg).items():
+        yield name, np.ascontiguousarray(place.of(parameters))
+
+
+def load_hf(folder: str | Path) -> tuple[ModelConfig, Transformer]:
+    """The model of a folder with `config.json` and `.safetensors` files (FP32, FP16 or BF16), in float32.
+
+    `transformers` writes the number of MTP modules without the modules: if a folder has no tensor of any, the model
+    has none either.
+
+    Raises:
+        ConfigError: a file cannot be read, or tensors are missing, unexpected or of another shape: all of them at once.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        tensors = _open_tensors(folder, stack)
+        cfg = config_from_hf(_read_json(folder / "config.json"))
+        if not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in tensors):
+            cfg = _without_mtp(cfg)
+        abstract = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=0), cfg))
+        shapes = _named_leaves(abstract)
+        places = _places(shapes, cfg)
+        _check(folder, tensors, places, {name: np.broadcast_to(np.float32(0), x.shape) for name, x in shapes.items()})
+        values = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
+        for name, place in places.items():
+            if name in tensors and not place.copy:
+                place.of(values)[...] = tensors[name].get_tensor(name)
+        for name, place in places.items():
+            if name in tensors and place.copy and not np.array_equal(place.of(values), tensors[name].get_tensor(name)):
+                raise ConfigError("checkpoint", str(folder), f"{name} to be a copy of the main model's tensor")
+    return cfg, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in values.values()])
+
+
+def _without_mtp(cfg: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(cfg, mtp=dataclasses.replace(cfg.mtp, depth=0))
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
+    """Every tensor's name in the folder's files, and the open file it is in."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        paths = sorted({folder / file for file in _read_json(index).get("weight_map", {}).values()})
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ConfigError("checkpoint", str(folder), "a folder with .safetensors files")
+    tensors = {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, framework="np"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError("checkpoint", str(path), f"a whole safetensors file ({error})") from None
+        tensors.update(dict.fromkeys(file.keys(), file))
+    return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def _check(folder: Path, tensors: dict[str, Any], places: dict[str, _Place], shapes: dict[str, np.ndarray]) -> None:
+    """Raises one error with every tensor that is missing, unexpected or of another shape or type than it should be."""
+    slices = {name: file.get_slice(name) for name, file in tensors.items()}
+    for name, part in slices.items():
+        if name.endswith("weight_scale_inv") or part.get_dtype().startswith("F8"):
+            wanted = f"weights in BF16, FP16 or FP32; {name} is of an FP8 checkpoint (weight_scale_inv)"
+            raise ConfigError("checkpoint", str(folder), wanted)
+    misshapen = []
+    for name, place in places.items():
+        want = list(place.of(shapes).shape)
+        if name in slices and (got := slices[name].get_shape()) != want:
+            misshapen.append(f"{name} {got} where its config.json says {want}")
+    wrong = {
+        "missing": [name for name, place in places.items() if name not in tensors and not place.copy],
+        "unexpected": [name for name in tensors if name not in places],
+        "of another shape": misshapen,
+    }
+    if any(wrong.values()):
+        parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
+        raise ConfigError("checkpoint", str(folder), "the tensors that its config.json says; " + "; ".join(parts))
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# --------------------------------------------------------------------------------------------------------- config.json
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError("checkpoint", str(path), f"a JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError("checkpoint", str(path), "a JSON object")
+    return values
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """The model of a `config.json`: `model_type` deepseek_v3 or deepseek_v2, `rope_scaling` or `rope_parameters`.
+
+    `initializer_range` is the published one, which is not what DeepSeek trained with (0.02, not 0.006). A group's score
+    is the sum of its best num_experts_per_tok / topk_group experts, as reported; `transformers` always takes 2. A field
+    that is left out has V3's value, or in V2 means that there is no such thing.
+
+    Raises:
+        ConfigError: a field says something that this model does not have, or is missing.
+    """
+    kind = hf.get("model_type")
+    _want(kind in ("deepseek_v3", "deepseek_v2"), "model_type", kind, "deepseek_v3 or deepseek_v2")
+    gates = ("noaux_tc",) if kind == "deepseek_v3" else ("greedy", "group_limited_greedy")
+    gate: Any = hf.get("topk_method") or gates[0]
+    _want(gate in gates, "topk_method", gate, f"{' or '.join(gates)} with {kind}")
+    heads = _need(hf, "num_attention_heads")
+    for name, only in (
+        ("hidden_act", "silu"),
+        ("scoring_func", "sigmoid" if gate == "noaux_tc" else "softmax"),
+        ("num_key_value_heads", heads),
+        ("moe_layer_freq", 1),
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("tie_word_embeddings", False),
+        ("rope_interleave", True),
+    ):
+        value = only if hf.get(name) is None else hf[name]
+        _want(value == only, name, value, repr(only))
+    theta, yarn = _rotary(hf)
+    return ModelConfig(
+        vocab_size=_need(hf, "vocab_size"),
+        hidden_size=_need(hf, "hidden_size"),
+        num_layers=_need(hf, "num_hidden_layers"),
+        num_dense_layers=hf.get("first_k_dense_replace", 3 if kind == "deepseek_v3" else 0),
+        dense_width=_need(hf, "intermediate_size"),
+        attention=AttentionConfig(
+            num_heads=heads,
+            q_lora_rank=hf.get("q_lora_rank"),
+            kv_lora_rank=_need(hf, "kv_lora_rank"),
+            qk_nope_dim=_need(hf, "qk_nope_head_dim"),
+            qk_rope_dim=_need(hf, "qk_rope_head_dim"),
+            v_dim=_need(hf, "v_head_dim"),
+            rope_theta=theta,
+            yarn=yarn,
+        ),
+        moe=MoEConfig(
+            num_experts=_need(hf, "n_routed_experts"),
+            num_shared=hf.get("n_shared_experts") or 0,
+            top_k=_need(hf, "num_experts_per_tok"),
+            num_groups=1 if gate == "greedy" else hf.get("n_group") or 1,
+            top_groups=1 if gate == "greedy" else hf.get("topk_group") or 1,
+            expert_width=_need(hf, "moe_intermediate_size"),
+            gate=gate,
+            normalize_weights=hf.get("norm_topk_prob", kind == "deepseek_v3"),
+            route_scale=float(hf.get("routed_scaling_factor", 2.5 if kind == "deepseek_v3" else 1.0)),
+            balance=BalanceConfig(sequence=hf.get("aux_loss_alpha", 1e-4 if kind == "deepseek_v3" else 0.001)),
+        ),
+        mtp=MTPConfig(depth=hf.get("num_nextn_predict_layers") or 0),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        init_std=hf.get("initializer_range", 0.02),
+    )
+
+
+def _want(good: bool, name: str, value: object, wanted: str) -> None:
+    if not good:
+        raise ConfigError(f"config.json {name}", value, wanted)
+
+
+def _need(hf: dict[str, Any], name: str) -> Any:
+    _want(hf.get(name) is not None, name, None, "a value")
+    return hf[name]
+
+
+def _rotary(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
+    """The base of the frequencies and YaRN, of the published `rope_scaling` or the newer `rope_parameters`."""
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **(hf.get("rope_parameters") or hf.get("rope_scaling") or {})}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    _want(kind in ("default", "yarn"), "rope_scaling.type", kind, "yarn or none")
+    if kind == "default":
+        return float(rope["rope_theta"]), None
+    _want(rope.get("attention_factor") is None, "rope_scaling.attention_factor", rope.get("attention_factor"), "none")
+    mscale, mscale_all_dim = rope.get("mscale") or 1.0, rope.get("mscale_all_dim") or 0.0
+    paired = bool(rope.get("mscale")) if mscale_all_dim else mscale == 1
+    _want(paired, "rope_scaling.mscale", rope.get("mscale"), f"a value that goes with mscale_all_dim={mscale_all_dim}")
+    return float(rope["rope_theta"]), YarnConfig(
+        factor=float(_need(rope, "factor")),
+        original_length=_need(rope, "original_max_position_embeddings"),
+        beta_fast=float(rope.get("beta_fast", 32)),
+        beta_slow=float(rope.get("beta_slow", 1)),
+        mscale=mscale,
+        mscale_all_dim=mscale_all_dim,
+    )
+
+
+def config_to_hf(cfg: ModelConfig, length: int = 4096) -> dict[str, Any]:
+    """The `config.json` of a model that has seen sequences of `length` tokens, in the fields of the published ones.
+
+    `config_from_hf` of it gives the sizes back, and of the balance losses the first.
+    """
+    a, m = cfg.attention, cfg.moe
+    v3 = m.gate == "noaux_tc"
+    scaling = None
+    if a.yarn is not None:
+        length = int(a.yarn.factor * a.yarn.original_length)
+        scaling = {
+            "type": "yarn",
+            "factor": a.yarn.factor,
+            "original_max_position_embeddings": a.yarn.original_length,
+            "beta_fast": a.yarn.beta_fast,
+            "beta_slow": a.yarn.beta_slow,
+            "mscale": a.yarn.mscale,
+            "mscale_all_dim": a.yarn.mscale_all_dim,
+        }
+    return {
+        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.dense_width,
+        "moe_intermediate_size": m.expert_width,
+        "num_hidden_layers": cfg.num_layers,
+        "first_k_dense_replace": cfg.num_dense_layers,
+        "moe_layer_freq": 1,
+        "num_attention_heads": a.num_heads,
+        "num_key_value_heads": a.num_heads,
+        "q_lora_rank": a.q_lora_rank,
+        "kv_lora_rank": a.kv_lora_rank,
+        "qk_nope_head_dim": a.qk_nope_dim,
+        "qk_rope_head_dim": a.qk_rope_dim,
+        "v_head_dim": a.v_dim,
+        "n_routed_experts": m.num_experts,
+        "n_shared_experts": m.num_shared,
+        "num_experts_per_tok": m.top_k,
+        "n_group": m.num_groups,
+        "topk_group": m.top_groups,
+        "topk_method": m.gate,
+        "scoring_func": "sigmoid" if v3 else "softmax",
+        "norm_topk_prob": m.normalize_weights,
+        "routed_scaling_factor": m.route_scale,
+        "aux_loss_alpha": m.balance.sequence,
+        "seq_aux": True,
+        "num_nextn_predict_layers": cfg.mtp.depth,
+        "hidden_act": "silu",
+        "rms_norm_eps": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "max_position_embeddings": length,
+        "rope_theta": a.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    }

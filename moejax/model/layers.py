@@ -1,0 +1,41 @@
+"""The parts that every layer has: matrices, norms and the dense feed-forward network."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from moejax.ops.experts import swiglu
+from moejax.ops.linear import linear
+from moejax.ops.norm import rms_norm
+
+
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A parameter drawn from N(0, std), float32."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std)
+
+
+class Norm(nnx.Module):
+    """RMSNorm with a learned scale."""
+
+    def __init__(self, dim: int, eps: float):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalises the last dim."""
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)). The gate's and up's columns stand side by side in one matrix."""
+
+    def __init__(self, rngs: nnx.Rngs, dim: int, width: int, std: float):
+        self.gate_up_DF = matrix(rngs, (dim, 2 * width), std)
+        self.down_FD = matrix(rngs, (width, dim), std)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Position by position."""
+        hidden = checkpoint_name(linear(x, self.gate_up_DF[...]), "mlp_hidden")
+        return linear(swiglu(hidden), self.down_FD[...])

@@ -1,0 +1,63 @@
+"""The mixture-of-experts layer (arXiv:2412.19437, section 2.1.2). No token is dropped.
+
+B sequences of S tokens, T = B * S, D model dim, E routed experts, F their width, K experts per token.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.model.layers import MLP, matrix
+from moejax.ops.experts import combine, grouped_swiglu, permute, sort_by_expert
+from moejax.ops.routing import balance_loss, expert_counts, route
+
+
+class RouterBias(nnx.Variable):
+    """The load-balancing bias of a gate: saved with the parameters, never differentiated, never decayed."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class BlockStats:
+    """What an MoE layer reports of one forward pass."""
+
+    counts: Int[Array, "E"]  # tokens sent to each expert; they sum to T * K
+    balance_loss: Float[Array, ""]  # weighted; the mean over the sequences
+
+
+class MoE(nnx.Module):
+    """A gate, the routed experts it picks for each token, and experts that all tokens share."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
+        m, dim, std = cfg.moe, cfg.hidden_size, cfg.init_std
+        self.router_DE = matrix(rngs, (dim, m.num_experts), std)
+        self.router_bias = RouterBias(jnp.zeros((m.num_experts,), jnp.float32))
+        self.gate_up_EDF = matrix(rngs, (m.num_experts, dim, 2 * m.expert_width), std)
+        self.down_EFD = matrix(rngs, (m.num_experts, m.expert_width, dim), std)
+        self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std) if m.num_shared else None
+        self.cfg = m
+
+    def __call__(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], BlockStats]:
+        """Returns the sum of the shared and the chosen experts, and the load."""
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST)
+        ids_TK, weights_TK, scores_TE = route(
+            checkpoint_name(logits_TE, "router_logits"), self.router_bias[...], self.cfg
+        )
+        counts_E = expert_counts(ids_TK, self.cfg.num_experts)
+        y_BSD = self._routed(x_TD, ids_TK, weights_TK, counts_E).reshape(x_BSD.shape)
+        if self.shared is not None:
+            y_BSD += self.shared(x_BSD)
+        return y_BSD, BlockStats(counts_E, balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg))
+
+    def _routed(self, x_TD: Array, ids_TK: Array, weights_TK: Array, counts_E: Array) -> Float[Array, "T D"]:
+        order_R, row_TK = sort_by_expert(ids_TK)
+        rows_RD = permute(x_TD, order_R, row_TK)
+        weights_R = weights_TK.reshape(-1)[order_R]
+        rows_RD = grouped_swiglu(rows_RD, weights_R, self.gate_up_EDF[...], self.down_EFD[...], counts_E)
+        return combine(rows_RD, order_R, row_TK)

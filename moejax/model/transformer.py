@@ -1,0 +1,114 @@
+"""The whole model: embedding, leading dense blocks, MoE blocks, norm and head, MTP modules.
+
+B batch, S positions, D model dim, V vocabulary, L MoE layers (main, then MTP), E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import ModelConfig
+from moejax.model.block import run_stack, stack
+from moejax.model.layers import Norm, matrix
+from moejax.model.moe import BlockStats
+from moejax.model.mtp import module_at, stack_modules
+from moejax.ops.loss import cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Losses:
+    """What one forward pass adds up to; sums over tokens, so that micro-batches can be added."""
+
+    main: Float[Array, ""]  # sum of next-token cross entropies, nats
+    mtp: Float[Array, ""]  # the same of the MTP modules, averaged over the depths
+    balance: Float[Array, ""]  # weighted balance losses: sum over layers, mean over sequences
+    counts: Int[Array, "L E"]  # tokens per expert
+
+
+class Transformer(nnx.Module):
+    """DeepSeek-V3's model; V2 and V2-Lite are other values of its config."""
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
+        self.embed_VD = matrix(rngs, (cfg.vocab_size, cfg.hidden_size), cfg.init_std)
+        num_moe = cfg.num_layers - cfg.num_dense_layers
+        self.dense_blocks = stack(rngs, cfg, "dense", cfg.num_dense_layers) if cfg.num_dense_layers else None
+        self.moe_blocks = stack(rngs, cfg, "moe", num_moe) if num_moe else None
+        self.norm = Norm(cfg.hidden_size, cfg.norm_eps)
+        self.head_DV = matrix(rngs, (cfg.hidden_size, cfg.vocab_size), cfg.init_std)
+        self.mtp = stack_modules(rngs, cfg) if cfg.mtp.depth else None
+        self.cfg = cfg
+
+    def embed(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike) -> Float[Array, "B S D"]:
+        """The tokens' embeddings, in the dtype of the compute."""
+        return self.embed_VD[...][tokens_BS].astype(dtype)
+
+    def hidden(
+        self, x_BSD: Float[Array, "B S D"], segment_ids_BS: Int[Array, "B S"] | None
+    ) -> tuple[Float[Array, "B S D"], list[BlockStats]]:
+        """All main blocks, before the final norm, and the stats of each stack with MoE layers."""
+        positions_BS = jnp.arange(x_BSD.shape[1])[None]
+        all_stats = []
+        for blocks in (self.dense_blocks, self.moe_blocks):
+            if blocks is not None:
+                x_BSD, stats = run_stack(blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat)
+                all_stats += [stats] if stats is not None else []
+        return x_BSD, all_stats
+
+    def logits(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike, last: Any = None) -> Float[Array, "B S V"]:
+        """Float32 scores of every next token, for reading and sampling; training uses `losses`.
+
+        With `last`, an index, only those after the token there: [B, 1, V].
+        """
+        hidden_BSD = self.hidden(self.embed(tokens_BS, dtype), None)[0]
+        if last is not None:
+            hidden_BSD = jax.lax.dynamic_slice_in_dim(hidden_BSD, last, 1, axis=1)
+        return jnp.dot(self.norm(hidden_BSD), self.head_DV[...].astype(dtype), preferred_element_type=jnp.float32)
+
+    def losses(
+        self,
+        tokens_BS: Int[Array, "B S+1"],
+        loss_mask_BS: Bool[Array, "B S+1"],
+        segment_ids_BS: Int[Array, "B S+1"] | None,
+        dtype: DTypeLike,
+    ) -> Losses:
+        """Cross entropies of the tokens that `loss_mask` says, under the main model and the MTP modules.
+
+        Depth k reads the hidden states of tokens 0..S-1-k and the embeddings of tokens k..S-1 and predicts tokens
+        k+1..S, so that every depth keeps the causal chain (section 2.2).
+        """
+        embedded_BSD = self.embed(tokens_BS[:, :-1], dtype)
+        segments = None if segment_ids_BS is None else segment_ids_BS[:, :-1]
+        hidden_BSD, stats = self.hidden(embedded_BSD, segments)
+        normed_BSD = self.norm(hidden_BSD)
+        main = self._summed_loss(normed_BSD, tokens_BS[:, 1:], loss_mask_BS[:, 1:])
+        mtp = jnp.zeros_like(main)
+        hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
+        for depth in range(1, self.cfg.mtp.depth + 1):
+            module = module_at(self.mtp, depth - 1)
+            length = embedded_BSD.shape[1] - depth
+            own_segments = None if segments is None else segments[:, :length]
+            hidden_BSD, block_stats = module(
+                hidden_BSD[:, :length], embedded_BSD[:, depth:], jnp.arange(length)[None], own_segments
+            )
+            mask = loss_mask_BS[:, depth + 1 :]
+            if segment_ids_BS is not None:  # a prediction across documents is not asked for
+                mask = mask & (segment_ids_BS[:, depth + 1 :] == own_segments)
+            mtp += self._summed_loss(module.norm(hidden_BSD), tokens_BS[:, depth + 1 :], mask)
+            stats += [] if block_stats is None else [jax.tree.map(lambda s: s[None], block_stats)]
+        return Losses(
+            main=main,
+            mtp=mtp / max(self.cfg.mtp.depth, 1),
+            balance=sum((s.balance_loss.sum() for s in stats), jnp.zeros_like(main)),
+            counts=jnp.concatenate([s.counts for s in stats]) if stats else jnp.zeros((0, 1), jnp.int32),
+        )
+
+    def _summed_loss(self, x_BSD: Array, targets_BS: Array, mask_BS: Array) -> Float[Array, ""]:
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        loss_T = cross_entropy(x_TD, self.head_DV[...], targets_BS.reshape(-1), self.cfg.loss_chunk)
+        return jnp.where(mask_BS.reshape(-1), loss_T, 0).sum()

@@ -1,0 +1,123 @@
+"""Exact causal attention whose memory is linear in the length.
+
+Queries and keys are taken in blocks of at most `block` tokens; a running maximum and sum make the softmax exact
+(FlashAttention, arXiv:2205.14135). The backward pass computes the probabilities again from the log-sum-exp of each
+query. A length of one block is the plain product of matrices.
+
+B batch, S positions, H heads, K query-key dim, V value dim; n blocks of b tokens, a query block is i, a key block j.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moejax.ops.varying import zeros_varying
+
+_NEVER = -1e30  # a score that no softmax sees; finite, so that differences of two are not NaN
+
+
+def attention(
+    q_BSHK: Float[Array, "B S H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    v_BSHV: Float[Array, "B S H V"],
+    scale: float,
+    segment_ids_BS: Int[Array, "B S"] | None = None,
+    block: int = 512,
+) -> Float[Array, "B S H V"]:
+    """softmax(scale * q k^T) v over earlier positions (of the same segment) and the position itself.
+
+    The softmax is float32; products take their operands in `q`'s dtype and sum in float32.
+    """
+    batch, length, heads, _ = q_BSHK.shape
+    size = min(block, length)
+    n = -(-length // size)
+
+    def blocks(x: Array) -> Array:  # [B, S, H, X] -> [n, B, H, b, X]
+        x = jnp.pad(x, ((0, 0), (0, n * size - length), (0, 0), (0, 0)))
+        return x.reshape(batch, n, size, heads, -1).transpose(1, 0, 3, 2, 4)
+
+    segments = None
+    if segment_ids_BS is not None:
+        segments = jnp.pad(segment_ids_BS, ((0, 0), (0, n * size - length))).reshape(batch, n, size).transpose(1, 0, 2)
+    out = _blockwise(blocks(q_BSHK), blocks(k_BSHK), blocks(v_BSHV), segments, scale)
+    return out.transpose(1, 0, 3, 2, 4).reshape(batch, n * size, heads, -1)[:, :length]
+
+
+def _scores(q: Array, k: Array, i: Any, j: Any, segments: Array | None, scale: float) -> Array:
+    """Scaled, masked scores of query block i and key block j, float32 [B, H, b, b]."""
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    place = jnp.arange(q.shape[2])
+    seen = (i * q.shape[2] + place)[:, None] >= (j * q.shape[2] + place)[None, :]
+    if segments is not None:
+        seen = seen & (segments[i][:, None, :, None] == segments[j][:, None, None, :])
+    return jnp.where(seen, scores, _NEVER)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: Array, k: Array, v: Array, segments: Array | None, scale: float) -> Array:
+    return _forward(q, k, v, segments, scale)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, segments: Array | None, scale: float) -> tuple[Array, tuple]:
+    n, batch, heads, size, _ = q.shape
+
+    def query_block(i: Any) -> tuple[Array, Array]:
+        def key_block(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            top, total, out = carry
+            scores = _scores(q[i], k[j], i, j, segments, scale)
+            new_top = jnp.maximum(top, scores.max(-1))
+            weights = jnp.exp(scores - new_top[..., None])
+            shrink = jnp.exp(top - new_top)
+            part = jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v[j], preferred_element_type=jnp.float32)
+            return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + part
+
+        rows = zeros_varying((batch, heads, size), jnp.float32, q)
+        start = (rows + _NEVER, rows, zeros_varying((batch, heads, size, v.shape[-1]), jnp.float32, q))
+        top, total, out = key_block(0, start) if n == 1 else jax.lax.fori_loop(0, i + 1, key_block, start)
+        return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+    if n == 1:
+        out, log_sum = jax.tree.map(lambda x: x[None], query_block(0))
+    else:
+        out, log_sum = jax.lax.map(query_block, jnp.arange(n))
+    out, log_sum = checkpoint_name(out, "attention_out"), checkpoint_name(log_sum, "attention_out")
+    return out, (q, k, v, segments, out, log_sum)
+
+
+def _backward(scale: float, saved: tuple, dout: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, segments, out, log_sum = saved
+    n = q.shape[0]
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+
+    def pair(i: Any, j: Any) -> tuple[Array, Array, Array]:
+        """What query block i and key block j add to dq[i], dk[j] and dv[j], float32."""
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        weights = jnp.exp(_scores(q[i], k[j], i, j, segments, scale) - log_sum[i][..., None])
+        dv = product("bhqk,bhqd->bhkd", weights.astype(dout.dtype), dout[i])
+        dweights = product("bhqd,bhkd->bhqk", dout[i], v[j])
+        dscores = (weights * (dweights - delta[i][..., None]) * scale).astype(q.dtype)
+        return product("bhqk,bhkd->bhqd", dscores, k[j]), product("bhqk,bhqd->bhkd", dscores, q[i]), dv
+
+    if n == 1:
+        dq, dk, dv = (x[None] for x in pair(0, 0))
+    else:
+
+        def query_block(carry: tuple[Array, Array], i: Any) -> tuple[tuple[Array, Array], Array]:
+            def key_block(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                dq, dk, dv = carry
+                dq_part, dk_part, dv_part = pair(i, j)
+                return dq + dq_part, dk.at[j].add(dk_part), dv.at[j].add(dv_part)
+
+            dq, dk, dv = jax.lax.fori_loop(0, i + 1, key_block, (zeros_varying(q[0].shape, jnp.float32, q), *carry))
+            return (dk, dv), dq
+
+        start = zeros_varying(k.shape, jnp.float32, q), zeros_varying(v.shape, jnp.float32, q)
+        (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(n))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blockwise.defvjp(_forward, _backward)

@@ -1,0 +1,179 @@
+"""Routed experts: rows sorted by expert, one SwiGLU over the ragged groups, rows summed back to their tokens.
+
+The weight of a token's choice is multiplied inside the SwiGLU, so that summing back needs no weights and the backward
+pass no outputs (as in DeepSeek's own kernels). Three grouped products carry the work (forward, input gradient, weight
+gradient); each is a function on which a GPU kernel can stand. Their cost follows the rows, not the number of experts,
+and an empty group has a gradient of exactly 0.
+
+T tokens, K experts per token, R = T * K rows, E experts, D model dim, F expert width, I and O dims of one product.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from moejax.ops.varying import vary_like, zeros_varying
+
+_LARGE, _SMALL = 256, 64  # rows of a product inside a group, and at its end
+
+
+# ------------------------------------------------------------------------------------------ to rows and back to tokens
+
+
+def sort_by_expert(ids_TK: Int[Array, "T K"]) -> tuple[Int[Array, "R"], Int[Array, "T K"]]:
+    """The order that sorts the T * K choices by expert (stable), and the row where each choice lands."""
+    order_R = jnp.argsort(ids_TK.reshape(-1), stable=True).astype(jnp.int32)
+    row_TK = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
+    return order_R, row_TK.reshape(ids_TK.shape)
+
+
+def _rows(x_TD: Array, order_R: Array, row_TK: Array) -> Array:
+    return x_TD[order_R // row_TK.shape[1]]
+
+
+def _sums(rows_RD: Array, order_R: Array, row_TK: Array) -> Array:
+    return rows_RD[row_TK].astype(jnp.float32).sum(1).astype(rows_RD.dtype)
+
+
+@jax.custom_vjp
+def permute(x_TD: Float[Array, "T D"], order_R: Int[Array, "R"], row_TK: Int[Array, "T K"]) -> Float[Array, "R D"]:
+    """Each token's row, once for each of its experts, in the order of `sort_by_expert`."""
+    return _rows(x_TD, order_R, row_TK)
+
+
+@jax.custom_vjp
+def combine(rows_RD: Float[Array, "R D"], order_R: Int[Array, "R"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
+    """The sum of each token's K rows; summed in float32, in the rows' dtype."""
+    return _sums(rows_RD, order_R, row_TK)
+
+
+# each one's gradient is the other, which is a gather; autodiff would scatter
+permute.defvjp(lambda x, *places: (_rows(x, *places), places), lambda places, d: (_sums(d, *places), None, None))
+combine.defvjp(lambda y, *places: (_sums(y, *places), places), lambda places, d: (_rows(d, *places), None, None))
+
+
+# ----------------------------------------------------------------------------------------------------- grouped products
+
+
+def _for_blocks(start: Array, size: Array, body, carry):
+    """`carry` after `body(carry, offset, rows)` for blocks that cover `size` rows from `start`.
+
+    The last block may reach up to _SMALL - 1 rows beyond the group.
+    """
+    whole = size // _LARGE
+    carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * _LARGE, _LARGE), carry)
+    rest, left = start + whole * _LARGE, size - whole * _LARGE
+    return lax.fori_loop(0, -(-left // _SMALL), lambda i, c: body(c, rest + i * _SMALL, _SMALL), carry)
+
+
+def _starts(sizes_E: Array) -> Array:
+    return jnp.cumsum(sizes_E) - sizes_E
+
+
+def _padded(rows: Array) -> Array:
+    """The rows and zeros after them, so that every block lies inside."""
+    return jnp.pad(rows, ((0, max(_SMALL, _LARGE - rows.shape[0])), (0, 0)))
+
+
+def grouped_dot(
+    x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"], transposed: bool = False
+) -> Float[Array, "R O"]:
+    """Each row times its expert's matrix (or, `transposed`, `w` is [E, O, I]); in `x`'s dtype.
+
+    The first `sizes_E[0]` rows are expert 0's, and so on; rows beyond the last group give 0.
+    """
+    columns = w_EIO.shape[1] if transposed else w_EIO.shape[2]
+    padded = _padded(x_RI)
+
+    def expert(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        w, start, size = group
+        w = (w.T if transposed else w).astype(x_RI.dtype)
+
+        def block(y: Array, offset: Array, rows: int) -> Array:
+            # what a block writes beyond its group, the next group writes again; after the last one it is cleared
+            product = lax.dynamic_slice(padded, (offset, 0), (rows, padded.shape[1])) @ w
+            return lax.dynamic_update_slice(y, product, (offset, 0))
+
+        return _for_blocks(start, size, block, y), None
+
+    empty = zeros_varying((padded.shape[0], columns), x_RI.dtype, x_RI)
+    y = lax.scan(expert, vary_like(empty, w_EIO), (w_EIO, _starts(sizes_E), sizes_E))[0][: x_RI.shape[0]]
+    return jnp.where((jnp.arange(x_RI.shape[0]) < sizes_E.sum())[:, None], y, 0)
+
+
+def grouped_outer(
+    x_RI: Float[Array, "R I"], dy_RO: Float[Array, "R O"], sizes_E: Int[Array, "E"]
+) -> Float[Array, "E I O"]:
+    """x^T dy of each group, float32: the gradient of `grouped_dot`'s matrices; exactly 0 for an empty group."""
+    x, dy = _padded(x_RI), _padded(dy_RO)
+
+    def expert(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
+        start, size = group
+
+        def block(dw: Array, offset: Array, rows: int) -> Array:
+            x_block = lax.dynamic_slice(x, (offset, 0), (rows, x.shape[1]))
+            dy_block = lax.dynamic_slice(dy, (offset, 0), (rows, dy.shape[1]))
+            own = (offset + jnp.arange(rows) < start + size)[:, None]
+            dy_block = jnp.where(own, dy_block, 0)
+            return dw + jnp.einsum("ri,ro->io", x_block, dy_block, preferred_element_type=jnp.float32)
+
+        return None, _for_blocks(start, size, block, zeros_varying((x.shape[1], dy.shape[1]), jnp.float32, dy_RO))
+
+    return lax.scan(expert, None, (_starts(sizes_E), sizes_E))[1]
+
+
+# -------------------------------------------------------------------------------------------------------------- SwiGLU
+
+
+def swiglu(h: Float[Array, "*R 2F"]) -> Float[Array, "*R F"]:
+    """silu(first half) * second half; computed in float32, in `h`'s dtype."""
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(h.dtype)
+
+
+def _swiglu_gradient(h: Array, du: Array) -> Array:
+    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
+    du = du.astype(jnp.float32)
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return jnp.concatenate([du * up * (sigmoid + silu * (1 - sigmoid)), du * silu], axis=-1).astype(h.dtype)
+
+
+@jax.custom_vjp
+def grouped_swiglu(
+    x_RD: Float[Array, "R D"],
+    weights_R: Float[Array, "R"],
+    gate_up_EDF: Float[Array, "E D 2F"],
+    down_EFD: Float[Array, "E F D"],
+    sizes_E: Int[Array, "E"],
+) -> Float[Array, "R D"]:
+    """Each row through the SwiGLU of its expert, times the row's weight.
+
+    The first `sizes_E[0]` rows are expert 0's, and so on; rows beyond the groups give 0. The gradients of the expert's
+    matrices are float32. The backward pass keeps the product before the activation and computes the activation again
+    (section 3.3 of the V3 report).
+    """
+    return _swiglu_forward(x_RD, weights_R, gate_up_EDF, down_EFD, sizes_E)[0]
+
+
+def _weighted_swiglu(h: Array, weights: Array) -> Array:
+    return (swiglu(h).astype(jnp.float32) * weights[:, None]).astype(h.dtype)
+
+
+def _swiglu_forward(x: Array, weights: Array, gate_up: Array, down: Array, sizes: Array) -> tuple[Array, tuple]:
+    h = checkpoint_name(grouped_dot(x, gate_up, sizes), "expert_hidden")
+    return grouped_dot(_weighted_swiglu(h, weights), down, sizes), (x, weights, h, gate_up, down, sizes)
+
+
+def _swiglu_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array, Array, None]:
+    x, weights, h, gate_up, down, sizes = saved
+    du = grouped_dot(dy, down, sizes, transposed=True).astype(jnp.float32)
+    dweights = (du * swiglu(h).astype(jnp.float32)).sum(-1)
+    dh = _swiglu_gradient(h, du * weights[:, None])
+    ddown = grouped_outer(_weighted_swiglu(h, weights), dy, sizes)
+    return grouped_dot(dh, gate_up, sizes, transposed=True), dweights, grouped_outer(x, dh, sizes), ddown, None
+
+
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

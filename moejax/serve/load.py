@@ -1,0 +1,129 @@
+"""A trained model from a run folder, one of its checkpoints, or a Hugging Face folder."""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from moejax.checkpoint.manager import Checkpoints
+from moejax.config import ConfigError, ModelConfig, RunConfig
+from moejax.data.tokens import Tokenizer, open_tokenizer
+from moejax.mesh import make_mesh
+from moejax.model.hf import load_hf
+from moejax.model.transformer import Transformer
+from moejax.serve.generate import sample_tokens
+from moejax.train.optimizer import DTYPES
+from moejax.train.state import abstract_state, model_structure
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to ask."""
+
+    config: ModelConfig
+    module: Transformer  # on the devices of the mesh
+    mesh: Mesh
+    tokenizer: Tokenizer | None  # None: the folder has none, and only ids can be used
+    context: int  # newest tokens that `generate` shows the model
+    dtype: DTypeLike  # of the compute
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Scores of every next token: int32 [B, T] -> float32 [B, T, V]."""
+        return np.asarray(self._all_scores(self.module, np.asarray(tokens, np.int32)))
+
+    def generate(
+        self, prompt: str, *, max_tokens: int = 200, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> str:
+        """Text that continues the prompt; see `moejax.serve.generate.sample_tokens`.
+
+        Raises:
+            ConfigError: the model came without a tokenizer, or a setting that does not fit.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("prompt", prompt, "a model whose folder has a tokenizer.json")
+        new = sample_tokens(
+            functools.partial(self._next_scores, self.module),
+            self.tokenizer.encode(prompt) or [self.tokenizer.end_id],  # which stands before every document
+            max_tokens=max_tokens,
+            context=self.context,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=self.tokenizer.end_id,
+        )
+        return self.tokenizer.decode(new)
+
+    @functools.cached_property
+    def _all_scores(self) -> Callable[[Transformer, np.ndarray], Array]:
+        return self._compiled(lambda module, tokens: module.logits(tokens, self.dtype))
+
+    @functools.cached_property
+    def _next_scores(self) -> Callable[[Transformer, np.ndarray, int], Array]:
+        return self._compiled(lambda module, tokens, last: module.logits(tokens, self.dtype, last)[0, 0])
+
+    def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
+        return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=P(), out_specs=P()))
+
+
+def load(folder: str | Path) -> Model:
+    """The model in a run folder (its newest checkpoint), a checkpoint folder or a Hugging Face folder.
+
+    Raises:
+        ConfigError: none of these is at `folder`, or what is there is not whole.
+    """
+    path = Path(folder)
+    if _is_hugging_face(path):
+        return _load_hugging_face(path)
+    run, step = path, None
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        run, step = path.parent.parent, int(path.name)
+    wanted = "a run folder, one of its checkpoints/<step>, or a Hugging Face folder"
+    if not (run / "config.json").is_file():
+        raise ConfigError("RUN", str(folder), wanted)
+    config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"))
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        step = checkpoints.latest if step is None else step
+        if step is None or not (checkpoints.folder / str(step)).is_dir():
+            raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
+        mesh = make_mesh()
+        state = abstract_state(config, mesh)
+        parts, _ = checkpoints.load(step, {"model": {"params": state.params, "router_bias": state.router_bias}})
+    return from_state(config, mesh, parts["model"]["params"], parts["model"]["router_bias"])
+
+
+def from_state(
+    config: RunConfig, mesh: Mesh, params: nnx.State, router_bias: nnx.State, tokenizer: Tokenizer | None = None
+) -> Model:
+    """The model of a run's state; its tokenizer is opened if it is not given."""
+    if tokenizer is None:
+        tokenizer = open_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
+    module = nnx.merge(model_structure(config), params, router_bias)
+    return Model(config.model, module, mesh, tokenizer, config.data.sequence_length, DTYPES[config.precision])
+
+
+def _is_hugging_face(folder: Path) -> bool:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and "model_type" in settings
+
+
+def _load_hugging_face(folder: Path) -> Model:
+    config, module = load_hf(folder)
+    mesh = make_mesh()
+    module = jax.device_put(module, NamedSharding(mesh, P()))
+    file = folder / "tokenizer.json"
+    tokenizer = open_tokenizer(str(file), vocab_size=config.vocab_size) if file.is_file() else None
+    yarn = config.attention.yarn
+    context = int(yarn.factor * yarn.original_length) if yarn is not None else 4096
+    return Model(config, module, mesh, tokenizer, context, DTYPES["fp32"])

@@ -1,0 +1,236 @@
+"""What a run writes while it runs, in the run folder:
+
+    config.json         the resolved settings; `moejax train` takes it instead of a config file
+    environment.json    see environment.py
+    metrics.jsonl       one object a step, keys of METRICS; steps are unique and ascending, also in a resumed run
+    events.jsonl        {"time", "kind", ...}; kinds: started, resumed, validation, checkpoint, non_finite, stopped,
+                        finished, failed
+    expert_load.jsonl   {"step", "load"}: per MoE layer (as max_violation) and expert, tokens relative to the mean
+    log.txt             every record of the logger "moejax", which is also what the console shows
+    tensorboard/        the metrics again; they go to Weights & Biases too where log.wandb names a project
+    summary.json        how the run ended
+
+JSON has no NaN: a number that is not finite is written as null, and an event of kind non_finite names it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from rich.console import Console
+
+from moejax.config import ConfigError, RunConfig
+from moejax.train.console import ConsoleHandler, StepLines, logger
+from moejax.train.environment import environment_report
+from moejax.train.tensorboard import TensorBoard
+
+
+class Metric(NamedTuple):
+    """One key of metrics.jsonl."""
+
+    unit: str
+    meaning: str
+
+
+METRICS = {
+    "step": Metric("", "optimizer steps done, this one included"),
+    "tokens": Metric("tokens", "predicted since the start of the run, this step included"),
+    "loss": Metric("nats/token", "next-token cross entropy of the main model, without MTP and balance terms"),
+    "mtp_loss": Metric("nats/token", "mean cross entropy of the MTP modules, before mtp_weight"),
+    "balance_loss": Metric("", "auxiliary balance losses, as they are added to the loss"),
+    "grad_norm": Metric("", "L2 norm of the gradient of all parameters together, before clipping"),
+    "learning_rate": Metric("", "of this step"),
+    "bias_update_speed": Metric("", "gamma, by which the router's biases move"),
+    "mtp_weight": Metric("", "lambda, the weight of mtp_loss"),
+    "tokens_per_second": Metric("tokens/s", "of this step, all devices together"),
+    "flops_per_second": Metric("FLOP/s", "the model's own work, without recomputation, all devices together"),
+    "mfu": Metric("", "flops_per_second as a share of the devices' peak"),
+    "max_violation": Metric(
+        "", "per MoE layer, those of MTP modules last: (tokens of the fullest expert - mean) / mean"
+    ),
+    "dead_experts": Metric("experts", "without a token in this step, all MoE layers together"),
+    "data_wait": Metric("s", "time the step waited for its batch"),
+    "step_time": Metric("s", "of this step, the wait included"),
+    "memory_bytes": Metric("bytes", "peak of the fullest device so far; on CPU of the process"),
+    "valid_loss": Metric("nats/token", "loss on the validation batches; only on validation steps"),
+    "valid_bits_per_byte": Metric("bits/byte", "the same, per byte of text; only on validation steps"),
+}
+
+
+class RunLog:
+    """The open files and the console of a run: a context manager.
+
+    An exception that leaves the `with` block before `finish` becomes an event of kind failed. Every method raises ConfigError where
+    the disk is full or the folder cannot be written.
+    """
+
+    def __init__(
+        self, config: RunConfig, *, total_steps: int, resumed_step: int = 0, console: Console | None = None
+    ) -> None:
+        """Creates the run folder, or continues it.
+
+        Args:
+            config: the run's settings.
+            total_steps: step at which the run ends.
+            resumed_step: last step that the state holds; lines of later steps are dropped.
+            console: where the run is shown; None: stdout.
+        """
+        self.folder = Path(config.folder)
+        self._open = contextlib.ExitStack()
+        self._lines = StepLines(total_steps=total_steps, seconds=config.log.console_seconds)
+        self._last: dict[str, Any] = {}
+        self._finished = False
+        self._valid_losses: list[float] = []
+        self._began = time.time()
+        with self._disk():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(self.folder / "config.json", config.to_json())
+            _write_whole(self.folder / "environment.json", _json(environment_report(), indent=2))
+            for name in ("metrics.jsonl", "expert_load.jsonl"):
+                _drop_after(self.folder / name, resumed_step)
+            self._files = {name: self._open_file(name) for name in ("metrics", "events", "expert_load")}
+            self._console = ConsoleHandler(total_steps=total_steps, console=console)
+            self._open_logger(self._console, _LogFile(self.folder / "log.txt", encoding="utf-8"))
+            self._tensorboard = self._open_tensorboard(resumed_step) if config.log.tensorboard else None
+        self._wandb = self._open_wandb(config) if config.log.wandb else None
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and not self._finished:
+            with contextlib.suppress(ConfigError):  # a full disk: it is what brought us here, or will be met again
+                self.event("failed", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(OSError):  # lines that did not fit are tried again, in vain
+            self._open.close()
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Writes the metrics of one step: keys of METRICS, with floats, or lists with one float per MoE layer."""
+        unknown = metrics.keys() - METRICS.keys()
+        if unknown:
+            raise KeyError(f"metrics without a line in METRICS: {', '.join(sorted(unknown))}")
+        self._append("metrics", metrics)
+        bad = [key for key, value in metrics.items() if _finite(value) != value]
+        if bad:
+            self.event("non_finite", step=metrics["step"], quantities=bad)
+        if metrics.get("valid_loss") is not None:
+            self._valid_losses.append(metrics["valid_loss"])
+            self.event("validation", **{key: metrics[key] for key in metrics if key == "step" or "valid" in key})
+        self._last = dict(metrics)
+        self._console.progress(metrics["step"], self._lines.show(metrics))
+        scalars = dict(_scalars(metrics))
+        with self._disk():
+            if self._tensorboard is not None:
+                self._tensorboard.write(metrics["step"], scalars)
+            if self._wandb is not None:
+                self._wandb.log(scalars, step=metrics["step"])
+
+    def expert_load(self, step: int, load: Sequence[Sequence[float]]) -> None:
+        """Writes the load of every expert, [MoE layers][experts], each relative to its layer's mean."""
+        self._append("expert_load", {"step": step, "load": load})
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Writes an event; the kinds are named at the top of this file."""
+        self._append("events", {"time": round(time.time(), 3), "kind": kind, **fields})
+
+    def finish(self, kind: str, **fields: Any) -> None:
+        """Writes the last event, of kind finished, stopped or non_finite, and summary.json with `fields` in it."""
+        self._finished = True
+        self.event(kind, step=self._last.get("step"))
+        best = min(self._valid_losses, default=None)
+        summary = {"ended": kind, "seconds": round(time.time() - self._began, 3), "best_valid_loss": best}
+        with self._disk():
+            _write_whole(self.folder / "summary.json", _json({**summary, "last": self._last, **fields}, indent=2))
+
+    # ------------------------------------------------------------------------------------------------------- pieces
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with self._disk():
+            self._files[name].write(_json(line) + "\n")
+            self._files[name].flush()
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "a disk with space left" if full else f"a folder that can be written ({error.strerror})"
+            raise ConfigError("out", str(self.folder), reason) from None
+
+    def _open_logger(self, *handlers: logging.Handler) -> None:
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.setLevel(logging.INFO)
+        for handler in handlers:
+            logger.addHandler(handler)
+            self._open.callback(handler.close)
+            self._open.callback(logger.removeHandler, handler)
+
+    def _open_file(self, name: str) -> TextIO:
+        return self._open.enter_context(open(self.folder / f"{name}.jsonl", "a", encoding="utf-8"))
+
+    def _open_tensorboard(self, resumed_step: int) -> TensorBoard:
+        return self._open.enter_context(
+            contextlib.closing(TensorBoard(self.folder / "tensorboard", first_step=resumed_step + 1))
+        )
+
+    def _open_wandb(self, config: RunConfig) -> Any:
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError:
+            raise ConfigError("log.wandb", config.log.wandb, "the package wandb (pip install wandb), or None") from None
+        settings = dataclasses.asdict(config)
+        run = wandb.init(project=config.log.wandb, name=config.name, dir=str(self.folder), config=settings)
+        self._open.callback(run.finish)
+        return run
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing: what keeps log.txt from being written is reported by the next line of metrics."""
+
+
+def _finite(value: Any) -> Any:
+    """`value` with None for every float that is not finite, at any depth."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return type(value)(_finite(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def _json(value: Any, **options: Any) -> str:
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _scalars(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and numbers for TensorBoard: a list becomes one curve per MoE layer."""
+    for key, value in metrics.items():
+        if isinstance(value, list):
+            yield from ((f"{key}/layer_{layer}", item) for layer, item in enumerate(value))
+        elif key != "step":
+            yield key, value
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Writes `path` so that a reader sees the old text or the new one, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`; a last line that was cut off goes too."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        _write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= step))

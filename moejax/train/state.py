@@ -1,0 +1,57 @@
+"""Everything on the devices that defines a run between two steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int
+
+from moejax.config import RunConfig
+from moejax.model.moe import RouterBias
+from moejax.model.transformer import Transformer
+from moejax.train.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class TrainState:
+    """The state of a run. The tokens seen and the position in the data, plain numbers, are kept beside it."""
+
+    step: Int[Array, ""]  # optimizer steps applied
+    params: nnx.State  # FP32 master weights
+    router_bias: nnx.State  # load-balancing biases, FP32
+    opt_state: Any  # moments, in the dtype of optimizer.moments
+    ema: nnx.State | None  # averaged weights, FP32
+
+
+def new_transformer(config: RunConfig) -> Transformer:
+    """The model with the parameters that `config.seed` draws; for use under `jax.jit` or `jax.eval_shape`."""
+    return Transformer(nnx.Rngs(params=jax.random.key(config.seed)), config.model)
+
+
+def model_structure(config: RunConfig) -> nnx.GraphDef:
+    """What `nnx.merge` makes a model of, together with `params` and `router_bias` of a state."""
+    return nnx.split(jax.eval_shape(lambda: new_transformer(config)), nnx.Param, RouterBias)[0]
+
+
+def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """The state before the first step, on the devices of the mesh."""
+
+    def make() -> TrainState:
+        _, params, router_bias = nnx.split(new_transformer(config), nnx.Param, RouterBias)
+        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
+        opt_state = make_optimizer(config.optimizer).init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, router_bias, opt_state, ema)
+
+    return jax.jit(make, out_shardings=NamedSharding(mesh, P()))()
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of `new_state`, without making it."""
+    shapes = jax.eval_shape(lambda: new_state(config, mesh))
+    sharding = NamedSharding(mesh, P())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -1,0 +1,156 @@
+"""One training step: a single `jax.shard_map`, manual over every mesh axis, of plain functions of local arrays.
+
+Parameters are made varying, so that gradients add up on each device over the micro-batches and are reduced once, after
+the last one. A loss or gradient that is not finite leaves the state as it was, and the metrics say so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int
+
+from moejax.config import RunConfig
+from moejax.data.batches import Batch
+from moejax.mesh import AXES, BATCH_AXES
+from moejax.model.transformer import Losses
+from moejax.ops.routing import update_bias
+from moejax.ops.varying import vary_over
+from moejax.train.optimizer import DTYPES, clip, make_optimizer
+from moejax.train.state import TrainState, model_structure
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class StepSettings:
+    """The scheduled numbers of one step (`schedules.StepPlan`), float32."""
+
+    learning_rate: Float[Array, ""]
+    bias_update_speed: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Metrics:
+    """What a step reports, of the whole global batch."""
+
+    loss: Float[Array, ""]  # nats per predicted token
+    mtp_loss: Float[Array, ""]  # the same of the MTP modules, unweighted
+    balance_loss: Float[Array, ""]  # weighted
+    grad_norm: Float[Array, ""]  # before clipping
+    counts: Int[Array, "L E"]  # tokens per MoE layer (main, then MTP) and expert
+    finite: Bool[Array, ""]  # whether the step was applied
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the devices, its rows shared out."""
+    return jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
+
+
+def make_train_step(
+    config: RunConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch, StepSettings], tuple[TrainState, Metrics]]:
+    """The compiled step `(state, batch, settings) -> (state, metrics)`; the state it is given is donated.
+
+    The batch's rows are a multiple of a micro-batch's, `data.batch_size / pipeline.microbatches`.
+    """
+    structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
+    micro_rows = config.data.batch_size // config.pipeline.microbatches
+
+    def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
+        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        shards = jax.lax.axis_size(BATCH_AXES)
+        num_micro = batch.tokens.shape[0] * shards // micro_rows
+        params = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.params)
+        router_bias = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.router_bias)
+
+        def objective(params: nnx.State, micro: Batch) -> tuple[Array, Losses]:
+            losses = nnx.merge(structure, params, router_bias).losses(
+                micro.tokens, micro.loss_mask, _segments(config, micro), DTYPES[config.precision]
+            )
+            per_token = Losses(
+                main=losses.main / predicted,
+                mtp=losses.mtp / predicted,
+                balance=losses.balance / (num_micro * shards),
+                counts=losses.counts,
+            )
+            return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
+
+        grads, losses = _accumulate(objective, params, batch, num_micro)
+        grads, losses = jax.lax.psum((grads, losses), BATCH_AXES)
+        return _apply(state, grads, losses, settings)
+
+    def _apply(
+        state: TrainState, grads: nnx.State, losses: Losses, settings: StepSettings
+    ) -> tuple[TrainState, Metrics]:
+        grads, norm = clip(grads, config.optimizer.clip_norm)
+        finite = (
+            jnp.isfinite(losses.main) & jnp.isfinite(losses.mtp) & jnp.isfinite(losses.balance) & jnp.isfinite(norm)
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - settings.learning_rate * u, state.params, updates)
+        new = TrainState(
+            step=state.step + 1,
+            params=params,
+            router_bias=_updated_bias(state.router_bias, losses.counts, settings.bias_update_speed),
+            opt_state=opt_state,
+            ema=_averaged(state.ema, params, config.optimizer.ema_decay),
+        )
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, losses.counts, finite)
+
+    local = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(BATCH_AXES), P()), out_specs=P(), axis_names=set(AXES))
+    return jax.jit(local, donate_argnums=0)
+
+
+def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
+    """The compiled `(state, batch) -> (summed loss in nats, predicted tokens)` of the main model."""
+    structure = model_structure(config)
+
+    def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
+        model = nnx.merge(structure, state.params, state.router_bias)
+        losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), DTYPES[config.precision])
+        predicted = batch.loss_mask[:, 1:].sum(dtype=jnp.float32)
+        return jax.lax.psum((losses.main, predicted), BATCH_AXES)
+
+    specs = (P(), P(BATCH_AXES))
+    return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
+
+
+def _segments(config: RunConfig, batch: Batch) -> Array | None:
+    return batch.segment_ids if config.data.mask_documents else None
+
+
+def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro: int) -> tuple[nnx.State, Losses]:
+    """Gradients and losses of the objective, summed over the micro-batches."""
+    gradient = jax.grad(objective, has_aux=True)
+    if num_micro == 1:
+        return gradient(params, batch)
+    micro_batches = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
+
+    def add(total: Any, micro: Batch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches))
+    zeros = jax.tree.map(lambda x: vary_over(jnp.zeros(x.shape, x.dtype), BATCH_AXES), shapes)
+    return jax.lax.scan(add, zeros, micro_batches)[0]
+
+
+def _updated_bias(bias: nnx.State, counts: Array, speed: Array) -> nnx.State:
+    """Every router's bias moved against its layer's load; the layers of `counts` are in the order of the model."""
+    leaves, structure = jax.tree.flatten(bias)
+    ends = [sum(len(b) for b in leaves[: i + 1]) for i in range(len(leaves))]
+    parts = jnp.split(counts, ends[:-1]) if leaves else []
+    return jax.tree.unflatten(structure, [update_bias(b, c, speed) for b, c in zip(leaves, parts, strict=True)])
+
+
+def _averaged(ema: nnx.State | None, params: nnx.State, decay: float | None) -> nnx.State | None:
+    if decay is None:
+        return None
+    return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
