@@ -46,6 +46,7 @@ def config() -> RunConfig:
         schedule=ScheduleConfig(
             warmup_steps=20,
             learning_rate=(Phase(until=0.5, value=1.0), Phase(until=1.0, value=0.1, shape="cosine")),
+            bias_update_speed=(Phase(until=0.97, value=0.01), Phase(until=1.0, value=0.0)),  # a short run: faster
         ),
         data=DataConfig(
             train=(f"{sysconfig.get_paths()['stdlib']}/**/*.py",),

@@ -33,7 +33,7 @@ def _require(good: bool, place: str, value: object, wanted: str) -> None:
 def _require_positive(part: object, place: str, *names: str) -> None:
     for name in names:
         value = getattr(part, name)
-        _require(value is None or value > 0, f"{place}.{name}", value, "a number above 0")
+        _require(value is None or value > 0, f"{place}.{name}".lstrip("."), value, "a number above 0")
 
 
 def _require_at_least_0(part: object, place: str, *names: str) -> None:
@@ -47,7 +47,7 @@ def _require_at_least_0(part: object, place: str, *names: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig:
-    """Extension of the rotary frequencies to long context (YaRN; section 4.3)."""
+    """Extension of the rotary frequencies to long context (YaRN; section 4.3); setting a field turns it on."""
 
     factor: float = 40.0  # how many times longer than the original length
     original_length: int = 4096  # tokens, the length before the extension

@@ -38,6 +38,7 @@ GATES = {
         route_scale=1.0,
     ),
 }
+ROUTE = jax.jit(routing.route, static_argnums=2)
 BIASES = {"no bias": (0.0, 0.0), "small bias": (0.0, 0.1), "bias below zero": (-3.0, 0.3), "bias above 1": (5.0, 0.3)}
 
 
@@ -63,7 +64,7 @@ def draw(cfg, bias, tokens=40, seed=0):
 def test_route_matches_naive(gate, bias):
     cfg = GATES[gate]
     logits, biases = draw(cfg, bias)
-    ids, weights, scores = jax.jit(routing.route, static_argnums=2)(logits, biases, cfg)
+    ids, weights, scores = ROUTE(logits, biases, cfg)
     want_ids, want_weights, want_scores = want(logits.astype(float), biases.astype(float), cfg)
     np.testing.assert_array_equal(ids, want_ids)
     np.testing.assert_allclose(weights, want_weights, rtol=2e-6, atol=0)  # float32: a few ulp
@@ -76,9 +77,9 @@ def test_gradient_of_weights_matches_finite_differences(gate):
     cfg = GATES[gate]
     logits, bias = draw(cfg, "small bias", tokens=4)
     mix = np.random.default_rng(1).normal(size=(4, cfg.top_k))
-    got = jax.grad(lambda x: (routing.route(x, bias, cfg)[1] * mix).sum())(logits)
+    got = jax.jit(jax.grad(lambda x: (routing.route(x, jnp.array(bias), cfg)[1] * mix).sum()))(logits)
     step, exact = 1e-5, logits.astype(float)
-    for token, expert in np.ndindex(4, min(cfg.num_experts, 32)):
+    for token, expert in np.ndindex(2, min(cfg.num_experts, 20)):
         change = np.zeros_like(exact)
         change[token, expert] = step
         up, down = (np.sum(want(x, bias.astype(float), cfg)[1] * mix) for x in (exact + change, exact - change))
@@ -89,21 +90,21 @@ def test_gradient_of_weights_matches_finite_differences(gate):
 def test_bias_has_no_gradient(gate):
     cfg = GATES[gate]
     logits, bias = draw(cfg, "small bias")
-    got = jax.grad(lambda b: sum(x.sum() for x in routing.route(logits, b, cfg)[1:]))(bias)
+    got = jax.jit(jax.grad(lambda b: sum(x.sum() for x in routing.route(jnp.array(logits), b, cfg)[1:])))(bias)
     np.testing.assert_array_equal(got, 0)
 
 
 def test_unchosen_groups_stay_out_when_all_biased_scores_are_negative():
     """Group 1 has the best pair; a mask of 0 instead of -inf would pick the worst experts of group 0."""
     cfg = MoEConfig(num_experts=4, num_groups=2, top_groups=1, top_k=2)
-    ids, _, _ = routing.route(jnp.array([[0.0, 0.0, 1.0, 2.0]]), jnp.full(4, -9.0), cfg)
+    ids, _, _ = ROUTE(jnp.array([[0.0, 0.0, 1.0, 2.0]]), jnp.full(4, -9.0), cfg)
     np.testing.assert_array_equal(ids, [[3, 2]])
 
 
 def test_choice_is_invariant_to_a_common_shift_of_the_bias():
     cfg = GATES["two best of a group"]
     logits, bias = draw(cfg, "small bias")
-    ids = [routing.route(logits, bias + shift, cfg)[0] for shift in (0.0, 2.0, -2.0)]
+    ids = [ROUTE(logits, bias + shift, cfg)[0] for shift in (0.0, 2.0, -2.0)]
     np.testing.assert_array_equal(ids[0], ids[1])
     np.testing.assert_array_equal(ids[0], ids[2])
 
@@ -111,8 +112,8 @@ def test_choice_is_invariant_to_a_common_shift_of_the_bias():
 def test_route_scale_multiplies_the_weights_only():
     cfg = GATES["V3"]
     logits, bias = draw(cfg, "small bias")
-    once = routing.route(logits, bias, dataclasses.replace(cfg, route_scale=1.0))
-    twice = routing.route(logits, bias, dataclasses.replace(cfg, route_scale=2.0))
+    once = ROUTE(logits, bias, dataclasses.replace(cfg, route_scale=1.0))
+    twice = ROUTE(logits, bias, dataclasses.replace(cfg, route_scale=2.0))
     np.testing.assert_array_equal(once[0], twice[0])
     np.testing.assert_array_equal(2 * once[1], twice[1])
     np.testing.assert_allclose(once[1].sum(-1), 1, rtol=1e-6)
@@ -122,7 +123,7 @@ def test_update_bias_matches_naive():
     """A layer with all loads different, one with loads at the mean, one where one expert has all tokens."""
     counts = np.array([[3, 9, 0, 4], [5, 5, 5, 5], [0, 0, 40, 0]], np.int32)
     bias = np.array([[0.0, 1.0, -2.0, 3.0], [4.0, 0.0, -1.0, 2.0], [0.0, 0.0, 0.0, 0.0]], np.float32)
-    got = routing.update_bias(bias, counts, 0.25)
+    got = routing.update_bias(jnp.array(bias), jnp.array(counts), 0.25)
     np.testing.assert_array_equal(got, [naive.update_bias(b, c, 0.25) for b, c in zip(bias, counts, strict=True)])
     np.testing.assert_array_equal(got[1], bias[1])
 

@@ -101,9 +101,12 @@ def test_summary_has_the_last_step_and_the_best_validation(config):
     with log:
         for step, valid in ((1, 3.0), (2, 2.0), (3, 2.5)):
             log.step(metrics(step, valid_loss=valid, valid_bits_per_byte=valid / 2))
+    log, _ = open_log(config, resumed_step=3)
+    with log:
+        log.step(metrics(4))
         log.finish("stopped", signal="SIGTERM")
     summary = json.loads((log.folder / "summary.json").read_text())
-    assert (summary["ended"], summary["best_valid_loss"], summary["last"]["step"]) == ("stopped", 2.0, 3)
+    assert (summary["ended"], summary["best_valid_loss"], summary["last"]["step"]) == ("stopped", 2.0, 4)
     assert summary["signal"] == "SIGTERM"
     events = lines(config, "events")
     assert [event["kind"] for event in events] == ["validation"] * 3 + ["stopped"]
@@ -121,13 +124,14 @@ def test_exception_is_an_event(config):
 # ----------------------------------------------------------------------------------------------------------- console
 
 
-def test_console_shows_plain_lines_and_log_txt_has_them_too(config):
+def test_console_shows_plain_lines_and_log_txt_has_them_too(config, caplog):
     log, shown = open_log(config)
     with log:
         logging.getLogger("moejax.data").warning("bad line [red]")
         log.step(metrics(4))
     assert shown.getvalue() == "warning: bad line [red]\nstep  4/10  loss 4.6000  ETA 0:00:12\n"
     text = (log.folder / "log.txt").read_text()
+    assert not caplog.records  # a handler of the root logger, which would say it twice
     assert "WARNING bad line [red]" in text and "INFO step  4/10  loss 4.6000" in text
     logging.getLogger("moejax").info("after the run")
     assert (log.folder / "log.txt").read_text() == text
@@ -219,3 +223,11 @@ def test_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^out='.*': wanted a folder that can be written"):
         open_log(RunConfig(steps=1, out=str(tmp_path / "file" / "run")))
+
+
+def test_run_that_has_said_how_it_ended_is_not_failed_too(config):
+    log, _ = open_log(config)
+    with pytest.raises(ArithmeticError), log:
+        log.finish("non_finite")
+        raise ArithmeticError
+    assert [event["kind"] for event in lines(config, "events")] == ["non_finite"]

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001  (the names of the special tokens have full-width bars)
 import json
 import resource
 from pathlib import Path
@@ -13,7 +12,7 @@ from moejax.config import ConfigError, DataConfig
 from moejax.data import cache, open_tokenizer, train_tokenizer
 from moejax.data.cache import open_tokens
 from moejax.data.sources import find_sources
-from moejax.data.tokens import SPECIAL_TOKENS, ByteTokenizer
+from moejax.data.tokens import END, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIAL_TOKENS, ByteTokenizer
 
 TEXT = (
     "In 1234567 years the quick brown fox, 敏捷的棕色狐狸, jumps over don't and 3.14159!\n\n\tdef f(x): return x\r\n"
@@ -63,8 +62,8 @@ def test_trained_tokenizer_has_the_published_special_tokens_first(trained):
     assert tokenizer.vocab_size == 320
     assert (tokenizer.begin_id, tokenizer.end_id) == (0, 1)
     assert (tokenizer.fim.hole, tokenizer.fim.begin, tokenizer.fim.end) == (3, 4, 5)
-    names = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"]
-    names += ["<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"]
+    words = ["begin▁of▁sentence", "end▁of▁sentence", "▁pad▁", "fim▁hole", "fim▁begin", "fim▁end"]
+    names = [f"<\uff5c{word}\uff5c>" for word in words]
     content = tokenizers.Tokenizer.from_file(trained)
     assert [content.id_to_token(index) for index in range(6)] == names
 
@@ -108,7 +107,7 @@ def test_truncation_and_padding_of_the_file_are_off(trained, tmp_path):
 
 
 def test_bytes_of_a_sentencepiece_vocabulary(tmp_path):
-    letters = ["<｜end▁of▁sentence｜>", "▁", "a", "b", "é", "▁ab", *(f"<0x{n:02X}>" for n in range(256))]
+    letters = [END, "▁", "a", "b", "é", "▁ab", *(f"<0x{n:02X}>" for n in range(256))]
     model = tokenizers.models.BPE(
         {token: index for index, token in enumerate(letters)},
         [],
@@ -138,16 +137,16 @@ def test_ids_may_have_holes(trained, tmp_path):
 def test_unfit_tokenizers_are_errors(trained, tmp_path):
     paths = {name: str(tmp_path / name) for name in ("none.json", "text.json", "no_end.json", "no_fim.json")}
     (tmp_path / "text.json").write_text("{}")
-    (tmp_path / "no_end.json").write_text(tokenizer_without(trained, "<｜end▁of▁sentence｜>"))
-    (tmp_path / "no_fim.json").write_text(tokenizer_without(trained, "<｜fim▁hole｜>"))
-    needs_fim = "<｜fim▁begin｜>, <｜fim▁hole｜> and <｜fim▁end｜>, because data.fim_rate=0.1 is above 0"
+    (tmp_path / "no_end.json").write_text(tokenizer_without(trained, END))
+    (tmp_path / "no_fim.json").write_text(tokenizer_without(trained, FIM_HOLE))
+    needs_fim = f"{FIM_BEGIN}, {FIM_HOLE} and {FIM_END}, because data.fim_rate=0.1 is above 0"
     cases = [
         ("bytes", 256, "a tokenizer of at most model.vocab_size=256 tokens, this one has 262"),
         (trained, 319, "a tokenizer of at most model.vocab_size=319 tokens, this one has 320"),
         (paths["none.json"], 320, '"bytes", or a tokenizer.json that exists'),
         (paths["text.json"], 320, "a tokenizer.json ("),
         (str(tmp_path), 320, f"a tokenizer.json that can be read ([Errno 21] Is a directory: '{tmp_path}')"),
-        (paths["no_end.json"], 320, "a tokenizer with the token <｜end▁of▁sentence｜>, which ends a document"),
+        (paths["no_end.json"], 320, f"a tokenizer with the token {END}, which ends a document"),
         (paths["no_fim.json"], 320, f"a tokenizer with {needs_fim}"),
     ]
     for name, vocab_size, wanted in cases:

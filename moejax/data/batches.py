@@ -87,7 +87,7 @@ class Packer:
     """Joins documents one after the other and cuts the result into rows. `document` and `used` are its state."""
 
     def __init__(self, documents: Any, length: int):
-        """`documents`: indexed by number, gives int32 tokens; `length`: tokens of a row."""
+        """`documents`: indexed by number, gives the tokens of one; `length`: tokens of a row."""
         self._documents, self._length = documents, length
         self.seek(0, 0)
 

@@ -1,7 +1,7 @@
 """The data of a run, from the settings to the batches: `open_data`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -49,14 +49,12 @@ class Data:
         count = min(num_batches * rows, there)
         if count == 0:
             return []
-        packed = self._valid_rows(np.arange(count) * there // count * length)
-        every = to_batch(packed, self.config.mask_documents)
         batches = []
         for first in range(0, count, rows):
             number = first + np.arange(self.host * rows // self.num_hosts, (self.host + 1) * rows // self.num_hosts)
-            index = number % count
-            real = (number < count)[:, None]
-            batches.append(Batch(every.tokens[index], every.segment_ids[index], every.loss_mask[index] & real))
+            packed = self._valid_rows(number % count * there // count * length)
+            batch = to_batch(packed, self.config.mask_documents)
+            batches.append(replace(batch, loss_mask=batch.loss_mask & (number < count)[:, None]))
         return batches
 
     def _valid_rows(self, offsets: np.ndarray) -> Rows:

@@ -32,9 +32,9 @@ class Documents:
         return len(self.length)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The tokens of one document, int32."""
+        """The tokens of one document, uint16 or uint32, not copied."""
         start = self.start[index]
-        return self.files[self.file[index]].tokens[start : start + self.length[index]].astype(np.int32)
+        return self.files[self.file[index]].tokens[start : start + self.length[index]]
 
     def __repr__(self) -> str:
         return f"Documents({len(self)} of {self.num_tokens} tokens)"
@@ -77,9 +77,9 @@ def whole_files(files: Sequence[TokenFile]) -> Documents:
 def pieces(documents: Documents, sequence_length: int, shards: int) -> Documents:
     """The documents, long ones cut so that there is something to shuffle and to share between shards.
 
-    A piece has at most PIECE_TOKENS tokens, fewer if that is less than PIECES_PER_SHARD pieces for each shard, and at
-    least PIECE_ROWS rows of tokens before it is cut again. It then counts as a document of its own, but only the last
-    piece of a document has the end token.
+    A piece has at most PIECE_TOKENS tokens, or fewer where that would make less than PIECES_PER_SHARD pieces for each
+    shard; but documents of up to PIECE_ROWS rows stay whole. From here on a piece is a document of its own, to be
+    shuffled, masked and rearranged, except that only the last one of a document has the end token.
     """
     rows = PIECE_ROWS * (sequence_length + 1)
     return documents.cut(max(rows, min(PIECE_TOKENS, documents.num_tokens // (PIECES_PER_SHARD * shards))))

@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001  (the names of the special tokens have full-width bars)
 """Tokenizers: bytes, and the byte-level BPE of a `tokenizer.json`; and the training of one.
 
 Special tokens have the names of DeepSeek-V3's published tokenizer. Text never becomes a special token, even where it
@@ -19,17 +18,23 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from moejax.config import ConfigError, DataConfig
 from moejax.data.sources import find_sources, read_documents
 
-BEGIN = "<｜begin▁of▁sentence｜>"
-END = "<｜end▁of▁sentence｜>"
-PAD = "<｜▁pad▁｜>"
-FIM_HOLE = "<｜fim▁hole｜>"
-FIM_BEGIN = "<｜fim▁begin｜>"
-FIM_END = "<｜fim▁end｜>"
+
+def _special(words: str) -> str:
+    """DeepSeek's spelling of a special token: full-width bars, and U+2581 for spaces."""
+    return f"<\uff5c{words}\uff5c>".replace(" ", "\u2581")
+
+
+BEGIN = _special("begin of sentence")
+END = _special("end of sentence")
+PAD = _special(" pad ")
+FIM_HOLE = _special("fim hole")
+FIM_BEGIN = _special("fim begin")
+FIM_END = _special("fim end")
 SPECIAL_TOKENS = (BEGIN, END, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
 
 # The three splits of DeepSeek-V3's published tokenizer.json, in their order.
 DIGITS = r"\p{N}{1,3}"
-CJK = r"[一-龥぀-ゟ゠-ヿ]+"
+CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""

@@ -31,7 +31,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],
-        positions_BS: Int[Array, "B S"],
+        positions_BS: Int[Array, "#B S"],
         segment_ids_BS: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         """Returns the block's output and, of a mixture of experts, its load."""
@@ -51,7 +51,7 @@ def stack(rngs: nnx.Rngs, cfg: ModelConfig, kind: Literal["dense", "moe"], num_l
 def run_block(
     block: Block,
     x_BSD: Float[Array, "B S D"],
-    positions_BS: Int[Array, "B S"],
+    positions_BS: Int[Array, "#B S"],
     segment_ids_BS: Int[Array, "B S"] | None,
     remat: Literal["none", "cheap", "full"],
 ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
@@ -70,7 +70,7 @@ def run_block(
 def run_stack(
     blocks: Block,
     x_BSD: Float[Array, "B S D"],
-    positions_BS: Int[Array, "B S"],
+    positions_BS: Int[Array, "#B S"],
     segment_ids_BS: Int[Array, "B S"] | None,
     remat: Literal["none", "cheap", "full"],
 ) -> tuple[Float[Array, "B S D"], BlockStats | None]:

@@ -17,10 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 
 from moejax.config import AttentionConfig, BalanceConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from moejax.model.count import abstract_model
 from moejax.model.transformer import Transformer
 
 # ------------------------------------------------------------------------------------------------------- tensor names
@@ -54,16 +54,16 @@ _BLOCK = (
     ("self_attn.kv_b_proj.weight", "attention.kv_up_CH", _turned),
     ("self_attn.o_proj.weight", "attention.out_HD", _turned),
     ("post_attention_layernorm.weight", "ffn_norm.scale", _same),
-    ("mlp.gate_proj.weight", "ffn.gate_up_DF", _gate),
-    ("mlp.up_proj.weight", "ffn.gate_up_DF", _up),
+    ("mlp.gate_proj.weight", "ffn.gate_up_DG", _gate),
+    ("mlp.up_proj.weight", "ffn.gate_up_DG", _up),
     ("mlp.down_proj.weight", "ffn.down_FD", _turned),
     ("mlp.gate.weight", "ffn.router_DE", _turned),
     ("mlp.gate.e_score_correction_bias", "ffn.router_bias", _same),
-    ("mlp.experts.{expert}.gate_proj.weight", "ffn.gate_up_EDF", _gate),
-    ("mlp.experts.{expert}.up_proj.weight", "ffn.gate_up_EDF", _up),
+    ("mlp.experts.{expert}.gate_proj.weight", "ffn.gate_up_EDG", _gate),
+    ("mlp.experts.{expert}.up_proj.weight", "ffn.gate_up_EDG", _up),
     ("mlp.experts.{expert}.down_proj.weight", "ffn.down_EFD", _turned),
-    ("mlp.shared_experts.gate_proj.weight", "ffn.shared.gate_up_DF", _gate),
-    ("mlp.shared_experts.up_proj.weight", "ffn.shared.gate_up_DF", _up),
+    ("mlp.shared_experts.gate_proj.weight", "ffn.shared.gate_up_DG", _gate),
+    ("mlp.shared_experts.up_proj.weight", "ffn.shared.gate_up_DG", _up),
     ("mlp.shared_experts.down_proj.weight", "ffn.shared.down_FD", _turned),
 )
 # of an MTP module, beside its block
@@ -109,7 +109,7 @@ def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
     def add(layer: int, stack: str, index: int, rows: tuple) -> None:
         for name, parameter, view in rows:
             parameter = f"{stack}.{parameter}"
-            if parameter not in parameters or (name.endswith("correction_bias") and cfg.moe.gate != "noaux_tc"):
+            if parameter not in parameters:
                 continue
             for expert in range(cfg.moe.num_experts) if "{expert}" in name else (None,):
                 where = (index,) if expert is None else (index, expert)
@@ -153,7 +153,7 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Transformer]:
         cfg = config_from_hf(_read_json(folder / "config.json"))
         if not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in tensors):
             cfg = _without_mtp(cfg)
-        abstract = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=0), cfg))
+        abstract = abstract_model(cfg)
         shapes = _named_leaves(abstract)
         places = _places(shapes, cfg)
         _check(folder, tensors, places, {name: np.broadcast_to(np.float32(0), x.shape) for name, x in shapes.items()})

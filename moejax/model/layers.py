@@ -32,10 +32,10 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The gate's and up's columns stand side by side in one matrix."""
 
     def __init__(self, rngs: nnx.Rngs, dim: int, width: int, std: float):
-        self.gate_up_DF = matrix(rngs, (dim, 2 * width), std)
+        self.gate_up_DG = matrix(rngs, (dim, 2 * width), std)
         self.down_FD = matrix(rngs, (width, dim), std)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Position by position."""
-        hidden = checkpoint_name(linear(x, self.gate_up_DF[...]), "mlp_hidden")
+        hidden = checkpoint_name(linear(x, self.gate_up_DG[...]), "mlp_hidden")
         return linear(swiglu(hidden), self.down_FD[...])

@@ -37,7 +37,7 @@ class MLA(nnx.Module):
     def __call__(
         self,
         x_BSD: Float[Array, "B S D"],
-        positions_BS: Int[Array, "B S"],
+        positions_BS: Int[Array, "#B S"],
         segment_ids_BS: Int[Array, "B S"] | None,
     ) -> Float[Array, "B S D"]:
         """Causal self-attention; with `segment_ids`, within each segment."""

@@ -1,6 +1,6 @@
 """The mixture-of-experts layer (arXiv:2412.19437, section 2.1.2). No token is dropped.
 
-B sequences of S tokens, T = B * S, D model dim, E routed experts, F their width, K experts per token.
+B sequences of S tokens, T = B * S, D model dim, E routed experts, F their width, G = 2 * F, K experts per token.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class RouterBias(nnx.Variable):
 class BlockStats:
     """What an MoE layer reports of one forward pass."""
 
-    counts: Int[Array, "E"]  # tokens sent to each expert; they sum to T * K
-    balance_loss: Float[Array, ""]  # weighted; the mean over the sequences
+    counts: Int[Array, "*L E"]  # tokens sent to each expert; they sum to T * K
+    balance_loss: Float[Array, "*L"]  # weighted; the mean over the sequences
 
 
 class MoE(nnx.Module):
@@ -36,8 +36,8 @@ class MoE(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
         m, dim, std = cfg.moe, cfg.hidden_size, cfg.init_std
         self.router_DE = matrix(rngs, (dim, m.num_experts), std)
-        self.router_bias = RouterBias(jnp.zeros((m.num_experts,), jnp.float32))
-        self.gate_up_EDF = matrix(rngs, (m.num_experts, dim, 2 * m.expert_width), std)
+        self.router_bias = RouterBias(jnp.zeros((m.num_experts,), jnp.float32)) if m.gate == "noaux_tc" else None
+        self.gate_up_EDG = matrix(rngs, (m.num_experts, dim, 2 * m.expert_width), std)
         self.down_EFD = matrix(rngs, (m.num_experts, m.expert_width, dim), std)
         self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std) if m.num_shared else None
         self.cfg = m
@@ -46,9 +46,8 @@ class MoE(nnx.Module):
         """Returns the sum of the shared and the chosen experts, and the load."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST)
-        ids_TK, weights_TK, scores_TE = route(
-            checkpoint_name(logits_TE, "router_logits"), self.router_bias[...], self.cfg
-        )
+        bias_E = None if self.router_bias is None else self.router_bias[...]
+        ids_TK, weights_TK, scores_TE = route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
         y_BSD = self._routed(x_TD, ids_TK, weights_TK, counts_E).reshape(x_BSD.shape)
         if self.shared is not None:
@@ -59,5 +58,5 @@ class MoE(nnx.Module):
         order_R, row_TK = sort_by_expert(ids_TK)
         rows_RD = permute(x_TD, order_R, row_TK)
         weights_R = weights_TK.reshape(-1)[order_R]
-        rows_RD = grouped_swiglu(rows_RD, weights_R, self.gate_up_EDF[...], self.down_EFD[...], counts_E)
+        rows_RD = grouped_swiglu(rows_RD, weights_R, self.gate_up_EDG[...], self.down_EFD[...], counts_E)
         return combine(rows_RD, order_R, row_TK)

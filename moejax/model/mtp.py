@@ -31,7 +31,7 @@ class MTPModule(nnx.Module):
         self,
         hidden_BSD: Float[Array, "B S D"],
         embedded_BSD: Float[Array, "B S D"],
-        positions_BS: Int[Array, "B S"],
+        positions_BS: Int[Array, "#B S"],
         segment_ids_BS: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         """Position i holds the hidden state of token i and the embedding of token i + depth."""
@@ -45,6 +45,7 @@ def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig) -> MTPModule:
     return jax.vmap(lambda key: MTPModule(nnx.Rngs(params=key), cfg))(keys)
 
 
-def module_at(modules: MTPModule, depth: int) -> MTPModule:
+def module_at(modules: MTPModule | None, depth: int) -> MTPModule:
     """The module of one depth, counted from 0."""
+    assert modules is not None
     return jax.tree.map(lambda w: w[depth], modules)

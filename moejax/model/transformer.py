@@ -1,6 +1,6 @@
 """The whole model: embedding, leading dense blocks, MoE blocks, norm and head, MTP modules.
 
-B batch, S positions, D model dim, V vocabulary, L MoE layers (main, then MTP), E experts.
+B batch, S positions, N = S + 1 tokens, D model dim, V vocabulary, L MoE layers (main, then MTP), E experts.
 """
 
 from dataclasses import dataclass
@@ -72,9 +72,9 @@ class Transformer(nnx.Module):
 
     def losses(
         self,
-        tokens_BS: Int[Array, "B S+1"],
-        loss_mask_BS: Bool[Array, "B S+1"],
-        segment_ids_BS: Int[Array, "B S+1"] | None,
+        tokens_BN: Int[Array, "B N"],
+        loss_mask_BN: Bool[Array, "B N"],
+        segment_ids_BN: Int[Array, "B N"] | None,
         dtype: DTypeLike,
     ) -> Losses:
         """Cross entropies of the tokens that `loss_mask` says, under the main model and the MTP modules.
@@ -82,11 +82,11 @@ class Transformer(nnx.Module):
         Depth k reads the hidden states of tokens 0..S-1-k and the embeddings of tokens k..S-1 and predicts tokens
         k+1..S, so that every depth keeps the causal chain (section 2.2).
         """
-        embedded_BSD = self.embed(tokens_BS[:, :-1], dtype)
-        segments = None if segment_ids_BS is None else segment_ids_BS[:, :-1]
+        embedded_BSD = self.embed(tokens_BN[:, :-1], dtype)
+        segments = None if segment_ids_BN is None else segment_ids_BN[:, :-1]
         hidden_BSD, stats = self.hidden(embedded_BSD, segments)
         normed_BSD = self.norm(hidden_BSD)
-        main = self._summed_loss(normed_BSD, tokens_BS[:, 1:], loss_mask_BS[:, 1:])
+        main = self._summed_loss(normed_BSD, tokens_BN[:, 1:], loss_mask_BN[:, 1:])
         mtp = jnp.zeros_like(main)
         hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
         for depth in range(1, self.cfg.mtp.depth + 1):
@@ -96,10 +96,10 @@ class Transformer(nnx.Module):
             hidden_BSD, block_stats = module(
                 hidden_BSD[:, :length], embedded_BSD[:, depth:], jnp.arange(length)[None], own_segments
             )
-            mask = loss_mask_BS[:, depth + 1 :]
-            if segment_ids_BS is not None:  # a prediction across documents is not asked for
-                mask = mask & (segment_ids_BS[:, depth + 1 :] == own_segments)
-            mtp += self._summed_loss(module.norm(hidden_BSD), tokens_BS[:, depth + 1 :], mask)
+            mask = loss_mask_BN[:, depth + 1 :]
+            if segment_ids_BN is not None:  # a prediction across documents is not asked for
+                mask = mask & (segment_ids_BN[:, depth + 1 :] == own_segments)
+            mtp += self._summed_loss(module.norm(hidden_BSD), tokens_BN[:, depth + 1 :], mask)
             stats += [] if block_stats is None else [jax.tree.map(lambda s: s[None], block_stats)]
         return Losses(
             main=main,

@@ -5,8 +5,12 @@ pass no outputs (as in DeepSeek's own kernels). Three grouped products carry the
 gradient); each is a function on which a GPU kernel can stand. Their cost follows the rows, not the number of experts,
 and an empty group has a gradient of exactly 0.
 
-T tokens, K experts per token, R = T * K rows, E experts, D model dim, F expert width, I and O dims of one product.
+T tokens, K experts per token, R = T * K rows, E experts, D model dim, F expert width, G = 2 * F, I and O dims of one
+product.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,69 +61,81 @@ combine.defvjp(lambda y, *places: (_sums(y, *places), places), lambda places, d:
 # ----------------------------------------------------------------------------------------------------- grouped products
 
 
-def _for_blocks(start: Array, size: Array, body, carry):
-    """`carry` after `body(carry, offset, rows)` for blocks that cover `size` rows from `start`.
+def _for_blocks(start: Array, size: Array, num_rows: int, body: Callable[..., Any], carry: Any) -> Any:
+    """`carry` after `body(carry, offset, rows, own)` for blocks of rows that cover `size` rows from `start`.
 
-    The last block may reach up to _SMALL - 1 rows beyond the group.
+    `own` says which rows of a block are in the group and not in an earlier block; None: all. Only the small blocks at
+    the end of a group have others.
     """
-    whole = size // _LARGE
-    carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * _LARGE, _LARGE), carry)
-    rest, left = start + whole * _LARGE, size - whole * _LARGE
-    return lax.fori_loop(0, -(-left // _SMALL), lambda i, c: body(c, rest + i * _SMALL, _SMALL), carry)
+    large, small = min(_LARGE, num_rows), min(_SMALL, num_rows)
+    whole = size // large
+    carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * large, large, None), carry)
+    rest, end = start + whole * large, start + size
+
+    def at_the_end(i: Array, carry: Any) -> Any:
+        wanted = rest + i * small
+        offset = jnp.minimum(wanted, num_rows - small)
+        place = offset + jnp.arange(small)
+        return body(carry, offset, small, ((place >= wanted) & (place < end))[:, None])
+
+    return lax.fori_loop(0, -(-(end - rest) // small), at_the_end, carry)
 
 
 def _starts(sizes_E: Array) -> Array:
     return jnp.cumsum(sizes_E) - sizes_E
 
 
-def _padded(rows: Array) -> Array:
-    """The rows and zeros after them, so that every block lies inside."""
-    return jnp.pad(rows, ((0, max(_SMALL, _LARGE - rows.shape[0])), (0, 0)))
-
-
 def grouped_dot(
-    x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"], transposed: bool = False
+    x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "R O"]:
-    """Each row times its expert's matrix (or, `transposed`, `w` is [E, O, I]); in `x`'s dtype.
+    """Each row times its expert's matrix, in `x`'s dtype.
 
     The first `sizes_E[0]` rows are expert 0's, and so on; rows beyond the last group give 0.
     """
-    columns = w_EIO.shape[1] if transposed else w_EIO.shape[2]
-    padded = _padded(x_RI)
+    return _grouped_dot(x_RI, w_EIO, sizes_E, transposed=False)
 
+
+def grouped_dot_transposed(
+    dy_RO: Float[Array, "R O"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
+) -> Float[Array, "R I"]:
+    """Each row times the transpose of its expert's matrix: the gradient of `grouped_dot`'s rows."""
+    return _grouped_dot(dy_RO, w_EIO, sizes_E, transposed=True)
+
+
+def _grouped_dot(x: Array, w: Array, sizes_E: Array, transposed: bool) -> Array:
     def expert(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
         w, start, size = group
-        w = (w.T if transposed else w).astype(x_RI.dtype)
+        w = (w.T if transposed else w).astype(x.dtype)
 
-        def block(y: Array, offset: Array, rows: int) -> Array:
-            # what a block writes beyond its group, the next group writes again; after the last one it is cleared
-            product = lax.dynamic_slice(padded, (offset, 0), (rows, padded.shape[1])) @ w
-            return lax.dynamic_update_slice(y, product, (offset, 0))
+        def block(y: Array, offset: Array, rows: int, own: Array | None) -> Array:
+            product = lax.dynamic_slice_in_dim(x, offset, rows) @ w
+            if own is not None:
+                product = jnp.where(own, product, lax.dynamic_slice_in_dim(y, offset, rows))
+            return lax.dynamic_update_slice_in_dim(y, product, offset, 0)
 
-        return _for_blocks(start, size, block, y), None
+        return _for_blocks(start, size, x.shape[0], block, y), None
 
-    empty = zeros_varying((padded.shape[0], columns), x_RI.dtype, x_RI)
-    y = lax.scan(expert, vary_like(empty, w_EIO), (w_EIO, _starts(sizes_E), sizes_E))[0][: x_RI.shape[0]]
-    return jnp.where((jnp.arange(x_RI.shape[0]) < sizes_E.sum())[:, None], y, 0)
+    columns = w.shape[1] if transposed else w.shape[2]
+    nothing = vary_like(zeros_varying((x.shape[0], columns), x.dtype, x), w)
+    return lax.scan(expert, nothing, (w, _starts(sizes_E), sizes_E))[0]
 
 
 def grouped_outer(
     x_RI: Float[Array, "R I"], dy_RO: Float[Array, "R O"], sizes_E: Int[Array, "E"]
 ) -> Float[Array, "E I O"]:
     """x^T dy of each group, float32: the gradient of `grouped_dot`'s matrices; exactly 0 for an empty group."""
-    x, dy = _padded(x_RI), _padded(dy_RO)
 
     def expert(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
         start, size = group
 
-        def block(dw: Array, offset: Array, rows: int) -> Array:
-            x_block = lax.dynamic_slice(x, (offset, 0), (rows, x.shape[1]))
-            dy_block = lax.dynamic_slice(dy, (offset, 0), (rows, dy.shape[1]))
-            own = (offset + jnp.arange(rows) < start + size)[:, None]
-            dy_block = jnp.where(own, dy_block, 0)
-            return dw + jnp.einsum("ri,ro->io", x_block, dy_block, preferred_element_type=jnp.float32)
+        def block(dw: Array, offset: Array, rows: int, own: Array | None) -> Array:
+            x, dy = (lax.dynamic_slice_in_dim(a, offset, rows) for a in (x_RI, dy_RO))
+            if own is not None:
+                x, dy = jnp.where(own, x, 0), jnp.where(own, dy, 0)
+            return dw + jnp.einsum("ri,ro->io", x, dy, preferred_element_type=jnp.float32)
 
-        return None, _for_blocks(start, size, block, zeros_varying((x.shape[1], dy.shape[1]), jnp.float32, dy_RO))
+        nothing = zeros_varying((x_RI.shape[1], dy_RO.shape[1]), jnp.float32, dy_RO)
+        return None, _for_blocks(start, size, x_RI.shape[0], block, nothing)
 
     return lax.scan(expert, None, (_starts(sizes_E), sizes_E))[1]
 
@@ -127,7 +143,7 @@ def grouped_outer(
 # -------------------------------------------------------------------------------------------------------------- SwiGLU
 
 
-def swiglu(h: Float[Array, "*R 2F"]) -> Float[Array, "*R F"]:
+def swiglu(h: Float[Array, "*R G"]) -> Float[Array, "*R F"]:
     """silu(first half) * second half; computed in float32, in `h`'s dtype."""
     gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(h.dtype)
@@ -145,7 +161,7 @@ def _swiglu_gradient(h: Array, du: Array) -> Array:
 def grouped_swiglu(
     x_RD: Float[Array, "R D"],
     weights_R: Float[Array, "R"],
-    gate_up_EDF: Float[Array, "E D 2F"],
+    gate_up_EDG: Float[Array, "E D G"],
     down_EFD: Float[Array, "E F D"],
     sizes_E: Int[Array, "E"],
 ) -> Float[Array, "R D"]:
@@ -155,7 +171,7 @@ def grouped_swiglu(
     matrices are float32. The backward pass keeps the product before the activation and computes the activation again
     (section 3.3 of the V3 report).
     """
-    return _swiglu_forward(x_RD, weights_R, gate_up_EDF, down_EFD, sizes_E)[0]
+    return _swiglu_forward(x_RD, weights_R, gate_up_EDG, down_EFD, sizes_E)[0]
 
 
 def _weighted_swiglu(h: Array, weights: Array) -> Array:
@@ -169,11 +185,11 @@ def _swiglu_forward(x: Array, weights: Array, gate_up: Array, down: Array, sizes
 
 def _swiglu_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array, Array, None]:
     x, weights, h, gate_up, down, sizes = saved
-    du = grouped_dot(dy, down, sizes, transposed=True).astype(jnp.float32)
+    du = grouped_dot_transposed(dy, down, sizes).astype(jnp.float32)
     dweights = (du * swiglu(h).astype(jnp.float32)).sum(-1)
     dh = _swiglu_gradient(h, du * weights[:, None])
     ddown = grouped_outer(_weighted_swiglu(h, weights), dy, sizes)
-    return grouped_dot(dh, gate_up, sizes, transposed=True), dweights, grouped_outer(x, dh, sizes), ddown, None
+    return grouped_dot_transposed(dh, gate_up, sizes), dweights, grouped_outer(x, dh, sizes), ddown, None
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,6 +1,7 @@
 """Rotary positions in the interleaved convention of the released weights, and their extension by YaRN.
 
-B batch, S positions, H heads, R rotated dims: (2j, 2j + 1) are a pair that turns by position * frequency_j.
+B batch, S positions, H heads, R rotated dims, P = R / 2 pairs: dims (2j, 2j + 1) are a pair, which turns by position *
+frequency_j.
 Reference: inference/model.py of deepseek-ai/DeepSeek-V3 (`precompute_freqs_cis`); YaRN, arXiv:2309.00071.
 """
 
@@ -46,8 +47,8 @@ def softmax_scale(cfg: AttentionConfig) -> float:
 
 
 def rotation(
-    positions_BS: Int[Array, "B S"], cfg: AttentionConfig
-) -> tuple[Float[Array, "B S 1 R/2"], Float[Array, "B S 1 R/2"]]:
+    positions_BS: Int[Array, "#B S"], cfg: AttentionConfig
+) -> tuple[Float[Array, "#B S 1 P"], Float[Array, "#B S 1 P"]]:
     """Cosine and sine, float32, of the angle of every pair at every position."""
     angle = positions_BS[:, :, None, None] * frequencies(cfg.qk_rope_dim, cfg.rope_theta, cfg.yarn).astype(np.float32)
     scale = 1.0
@@ -57,7 +58,7 @@ def rotation(
 
 
 def rotate(
-    x_BSHR: Float[Array, "B S H R"], turn: tuple[Float[Array, "B S 1 R/2"], Float[Array, "B S 1 R/2"]]
+    x_BSHR: Float[Array, "B S H R"], turn: tuple[Float[Array, "#B S 1 P"], Float[Array, "#B S 1 P"]]
 ) -> Float[Array, "B S H R"]:
     """`x` with each pair turned by `rotation(...)`; computed in float32, in `x`'s dtype."""
     cos, sin = turn

@@ -5,23 +5,23 @@ T tokens, E experts, G groups of E/G experts, K experts per token, B sequences.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import MoEConfig
 
 
 def route(
-    logits_TE: Float[Array, "T E"], bias_E: Float[Array, "E"], cfg: MoEConfig
+    logits_TE: Float[Array, "T E"], bias_E: Float[Array, "E"] | None, cfg: MoEConfig
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
     """Picks K experts per token and the weight of each.
 
     With the gate noaux_tc, `bias` moves the choice only: the weights come from the unbiased scores, so no gradient
     reaches it. Experts of unchosen groups are masked with -inf rather than 0: a negative bias can put a chosen
-    expert's score below 0. The softmax gates of V2 have no bias and do not read it.
+    expert's score below 0. The softmax gates of V2 have no bias and read none.
 
     Args:
         logits_TE: router outputs, float32.
-        bias_E: load-balancing bias, float32, updated outside the gradient.
+        bias_E: load-balancing bias of noaux_tc, float32, updated outside the gradient.
         cfg: the gate and its sizes.
 
     Returns:
@@ -30,6 +30,7 @@ def route(
         scores: the affinities of all experts, float32, for the balance losses.
     """
     if cfg.gate == "noaux_tc":
+        assert bias_E is not None
         scores_TE = jax.nn.sigmoid(logits_TE)
         choice_TE = jax.lax.stop_gradient(scores_TE + bias_E)
     else:
@@ -77,19 +78,24 @@ def balance_loss(
 
     T holds `num_sequences` sequences of equal length one after the other. The sequence-wise loss is equations 17 to 20
     of the V3 report (V2's expert-level loss is the same formula); the device-level and communication losses are V2's
-    (report section 2.2.3). The shares of tokens carry no gradient.
+    (report section 2.2.3). The shares of tokens carry no gradient. V3 counts a token's best experts by the unbiased
+    scores (equation 18), not those that the bias chose.
     """
     weights, experts = cfg.balance, cfg.num_experts
+
+    def picked(ids_TK: Array) -> Bool[Array, "B S E"]:
+        return (ids_TK.reshape(num_sequences, -1, cfg.top_k, 1) == jnp.arange(experts)).any(2)
+
     probs_BSE = (scores_TE / scores_TE.sum(-1, keepdims=True)).reshape(num_sequences, -1, experts)
     mean_prob_BE = probs_BSE.mean(1)
-    picked_BSE = (ids_TK.reshape(num_sequences, -1, cfg.top_k, 1) == jnp.arange(experts)).any(2)
-    load_BE = picked_BSE.mean(1, dtype=jnp.float32) * (experts / cfg.top_k)
+    counted_TK = jax.lax.top_k(jax.lax.stop_gradient(scores_TE), cfg.top_k)[1] if cfg.gate == "noaux_tc" else ids_TK
+    load_BE = picked(counted_TK).mean(1, dtype=jnp.float32) * (experts / cfg.top_k)
     loss_B = weights.sequence * (load_BE * mean_prob_BE).sum(-1)
     if weights.device or weights.communication:
         by_device = (num_sequences, weights.devices, -1)
         prob_BD = mean_prob_BE.reshape(by_device).sum(-1)
         loss_B += weights.device * (load_BE.reshape(by_device).mean(-1) * prob_BD).sum(-1)
-        sent_BSD = picked_BSE.reshape(*picked_BSE.shape[:2], weights.devices, -1).any(-1)
+        sent_BSD = picked(ids_TK).reshape(num_sequences, -1, weights.devices, experts // weights.devices).any(-1)
         sent_BD = sent_BSD.mean(1, dtype=jnp.float32) * (weights.devices / weights.device_limit)
         loss_B += weights.communication * (sent_BD * prob_BD).sum(-1)
     return loss_B.mean()

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 from rich.console import Console
 
 from moejax.checkpoint.manager import Checkpoints
@@ -274,7 +275,7 @@ class _Run:
         else:
             self._save()
             if ended == "finished":
-                self._validate()
+                self.log.event("validation", step=position.step, **self._validate())
             self._draw(metrics)
         if self.valid_loss is not None and self.data.unigram_loss is not None:
             baseline = f"knowing only how often each token occurs: {self.data.unigram_loss:.4f}"
@@ -291,6 +292,7 @@ class _Run:
         return model.generate(log.prompt, max_tokens=log.sample_tokens, temperature=0.8, seed=self.config.seed)
 
 
-def _relative_load(counts: np.ndarray) -> np.ndarray:
+def _relative_load(counts: ArrayLike) -> np.ndarray:
     """Tokens of each expert relative to its layer's mean, [L, E]."""
+    counts = np.asarray(counts)
     return counts / counts.mean(-1, keepdims=True)

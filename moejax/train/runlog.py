@@ -69,8 +69,8 @@ METRICS = {
 class RunLog:
     """The open files and the console of a run: a context manager.
 
-    An exception that leaves the `with` block before `finish` becomes an event of kind failed. Every method raises ConfigError where
-    the disk is full or the folder cannot be written.
+    An exception that leaves the `with` block before `finish` becomes an event of kind failed. Every method raises
+    ConfigError where the disk is full or the folder cannot be written.
     """
 
     def __init__(
@@ -89,7 +89,6 @@ class RunLog:
         self._lines = StepLines(total_steps=total_steps, seconds=config.log.console_seconds)
         self._last: dict[str, Any] = {}
         self._finished = False
-        self._valid_losses: list[float] = []
         self._began = time.time()
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +122,6 @@ class RunLog:
         if bad:
             self.event("non_finite", step=metrics["step"], quantities=bad)
         if metrics.get("valid_loss") is not None:
-            self._valid_losses.append(metrics["valid_loss"])
             self.event("validation", **{key: metrics[key] for key in metrics if key == "step" or "valid" in key})
         self._last = dict(metrics)
         self._console.progress(metrics["step"], self._lines.show(metrics))
@@ -146,7 +144,8 @@ class RunLog:
         """Writes the last event, of kind finished, stopped or non_finite, and summary.json with `fields` in it."""
         self._finished = True
         self.event(kind, step=self._last.get("step"))
-        best = min(self._valid_losses, default=None)
+        events = (json.loads(line) for line in (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
+        best = min((event["valid_loss"] for event in events if event["kind"] == "validation"), default=None)
         summary = {"ended": kind, "seconds": round(time.time() - self._began, 3), "best_valid_loss": best}
         with self._disk():
             _write_whole(self.folder / "summary.json", _json({**summary, "last": self._last, **fields}, indent=2))
@@ -169,6 +168,8 @@ class RunLog:
 
     def _open_logger(self, *handlers: logging.Handler) -> None:
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self._open.callback(setattr, logger, "propagate", logger.propagate)
+        logger.propagate = False  # libraries put handlers on the root logger that would say everything again
         logger.setLevel(logging.INFO)
         for handler in handlers:
             logger.addHandler(handler)

@@ -35,14 +35,18 @@ def new_transformer(config: RunConfig) -> Transformer:
 
 def model_structure(config: RunConfig) -> nnx.GraphDef:
     """What `nnx.merge` makes a model of, together with `params` and `router_bias` of a state."""
-    return nnx.split(jax.eval_shape(lambda: new_transformer(config)), nnx.Param, RouterBias)[0]
+    return _split(jax.eval_shape(lambda: new_transformer(config)))[0]
+
+
+def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    return nnx.split(model, nnx.Param, RouterBias)  # type: ignore[return-value]
 
 
 def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """The state before the first step, on the devices of the mesh."""
 
     def make() -> TrainState:
-        _, params, router_bias = nnx.split(new_transformer(config), nnx.Param, RouterBias)
+        params, router_bias = _split(new_transformer(config))[1:]
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
         opt_state = make_optimizer(config.optimizer).init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, router_bias, opt_state, ema)

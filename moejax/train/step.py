@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import RunConfig
@@ -30,9 +31,9 @@ from moejax.train.state import TrainState, model_structure
 class StepSettings:
     """The scheduled numbers of one step (`schedules.StepPlan`), float32."""
 
-    learning_rate: Float[Array, ""]
-    bias_update_speed: Float[Array, ""]
-    mtp_weight: Float[Array, ""]
+    learning_rate: ArrayLike
+    bias_update_speed: ArrayLike
+    mtp_weight: ArrayLike
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,7 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
 
 
-def _segments(config: RunConfig, batch: Batch) -> Array | None:
+def _segments(config: RunConfig, batch: Batch) -> Any:
     return batch.segment_ids if config.data.mask_documents else None
 
 
@@ -142,7 +143,7 @@ def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro:
     return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
-def _updated_bias(bias: nnx.State, counts: Array, speed: Array) -> nnx.State:
+def _updated_bias(bias: nnx.State, counts: Array, speed: Any) -> nnx.State:
     """Every router's bias moved against its layer's load; the layers of `counts` are in the order of the model."""
     leaves, structure = jax.tree.flatten(bias)
     ends = [sum(len(b) for b in leaves[: i + 1]) for i in range(len(leaves))]

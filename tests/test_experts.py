@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moejax.ops.experts import combine, grouped_dot, grouped_outer, grouped_swiglu, permute, sort_by_expert
+
+D, F = 8, 4
+ROUTINGS = {
+    "one token": (1, 4, 2),
+    "some": (50, 4, 2),
+    "one group longer than a large block": (300, 2, 2),
+    "many experts, most of them empty": (5, 64, 2),
+}
+
+
+def layer(ids_TK, num_experts, seed=0):
+    """Tokens, weights and matrices of a layer, float32."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    return draw(ids_TK.shape[0], D), draw(*ids_TK.shape), draw(num_experts, D, 2 * F) / 2, draw(num_experts, F, D) / 2
+
+
+def routed(ids_TK, x_TD, weights_TK, gate_up, down):
+    order_R, row_TK = sort_by_expert(ids_TK)
+    sizes_E = jnp.bincount(ids_TK.reshape(-1), length=gate_up.shape[0])
+    rows = permute(x_TD, order_R, row_TK)
+    rows = grouped_swiglu(rows, weights_TK.reshape(-1)[order_R], gate_up, down, sizes_E)
+    return combine(rows, order_R, row_TK)
+
+
+def every_expert_for_every_token(ids_TK, x_TD, weights_TK, gate_up, down):
+    """The obviously right form, for gradients."""
+    gate, up = jnp.split(jnp.einsum("td,edf->tef", x_TD, gate_up), 2, axis=-1)
+    y_TED = jnp.einsum("tef,efd->ted", jax.nn.silu(gate) * up, down)
+    weights_TE = (jax.nn.one_hot(ids_TK, gate_up.shape[0]) * weights_TK[..., None]).sum(1)
+    return jnp.einsum("ted,te->td", y_TED, weights_TE)
+
+
+def assert_equal_to_naive(ids_TK, num_experts):
+    arrays = layer(ids_TK, num_experts)
+    got = jax.jit(routed)(ids_TK, *arrays)
+    x, weights, gate_up, down = (np.asarray(a, np.float64) for a in arrays)
+    gate, up = np.split(gate_up, 2, axis=-1)
+    want = naive.experts(x, np.asarray(ids_TK), weights, *(w.swapaxes(1, 2) for w in (gate, up, down)))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
+
+    dy = jnp.asarray(np.random.default_rng(1).normal(size=want.shape), jnp.float32)
+    pull = lambda f: jax.jit(jax.grad(lambda a: (f(ids_TK, *a) * dy).sum()))(arrays)  # noqa: E731
+    names = ("tokens", "weights", "gate and up", "down")
+    for name, g, w in zip(names, pull(routed), pull(every_expert_for_every_token), strict=True):
+        bound = 4e-6 * max(1, float(jnp.abs(w).max()))
+        np.testing.assert_allclose(g, w, rtol=0, atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_routed_experts_match_naive(routing):
+    tokens, experts, per_token = ROUTINGS[routing]
+    order = np.argsort(np.random.default_rng(2).random((tokens, experts)), axis=1)
+    assert_equal_to_naive(jnp.asarray(order[:, :per_token], jnp.int32), experts)
+
+
+def test_routed_experts_match_naive_when_all_tokens_go_to_one_expert():
+    assert_equal_to_naive(jnp.full((130, 1), 3, jnp.int32), 6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    tokens=st.integers(1, 80),
+    experts=st.integers(1, 7),
+    per_token=st.integers(1, 3),
+    seed=st.integers(0, 2**16),
+    favour=st.floats(0, 8),
+)
+def test_routed_experts_match_naive_whatever_the_routing(tokens, experts, per_token, seed, favour):
+    rng = np.random.default_rng(seed)
+    liking = rng.normal(size=experts) * favour + rng.gumbel(size=(tokens, experts))
+    ids = np.argsort(-liking, axis=1)[:, : min(per_token, experts)]
+    assert_equal_to_naive(jnp.asarray(ids, jnp.int32), experts)
+
+
+def test_gradient_of_empty_groups_is_exactly_zero():
+    ids = jnp.asarray([[1], [1], [4]], jnp.int32)
+    arrays = layer(ids, 6)
+    gate_up, down = jax.grad(lambda g, d: routed(ids, *arrays[:2], g, d).sum(), argnums=(0, 1))(*arrays[2:])
+    empty = np.asarray([0, 2, 3, 5])
+    np.testing.assert_array_equal(gate_up[empty], 0)
+    np.testing.assert_array_equal(down[empty], 0)
+    assert np.all(np.abs(gate_up[np.asarray([1, 4])]).max((1, 2)) > 0)
+
+
+def test_rows_beyond_the_groups_give_zero_and_take_no_part():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(100, D)), jnp.float32).at[60:].set(jnp.nan)
+    w = jnp.asarray(rng.normal(size=(3, D, F)), jnp.float32)
+    sizes = jnp.asarray([20, 0, 40])
+    y = grouped_dot(x, w, sizes)
+    np.testing.assert_array_equal(y[60:], 0)
+    assert np.isfinite(y).all()
+    dy = jnp.asarray(rng.normal(size=(100, F)), jnp.float32)
+    want = np.stack([x[:20].T @ dy[:20], np.zeros((D, F)), x[20:60].T @ dy[20:60]])
+    np.testing.assert_allclose(grouped_outer(x, dy, sizes), want, rtol=0, atol=2e-5)
+
+
+def test_cost_follows_the_rows_and_not_the_number_of_experts():
+    """The products in the compiled program are of blocks of rows; none is of all rows, or has experts as a dim."""
+    rows, experts = 2048, 16
+    shapes = jax.ShapeDtypeStruct((rows, D), jnp.float32), jax.ShapeDtypeStruct((experts, D, F), jnp.float32)
+    jaxpr = jax.make_jaxpr(grouped_dot)(*shapes, jax.ShapeDtypeStruct((experts,), jnp.int32))
+    products = [e.outvars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert sorted(products) == [(64, F), (256, F)]
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)

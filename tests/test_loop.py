@@ -1,0 +1,94 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import moejax
+from moejax.config import ConfigError
+from moejax.train import loop
+from moejax.train.guard import NonFiniteError, StopSignal
+from moejax.train.runlog import METRICS
+
+
+def metrics_of(folder):
+    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_run_folder_has_everything(run_config, change):
+    config = change(run_config, "log.sample_tokens", 3)
+    result = moejax.train(config)
+    assert (result.ended, result.step, result.tokens) == ("finished", 6, 6 * 4 * 32)
+    lines = metrics_of(result.folder)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    without = {"valid_loss", "valid_bits_per_byte"}
+    assert all(set(line) == set(METRICS) - (set() if line["step"] % 3 == 0 else without) for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert np.isclose(lines[-1]["valid_loss"], result.valid_loss, rtol=0, atol=0)
+    for name in ("config.json", "environment.json", "events.jsonl", "log.txt", "summary.json", "pictures/losses.png"):
+        assert (result.folder / name).stat().st_size > 0, name
+    assert "a sample after" in (result.folder / "log.txt").read_text()
+    assert moejax.load_config(result.folder) == config
+
+
+def test_stop_and_resume_is_bitwise_equal(run_config, change, tmp_path, monkeypatch):
+    whole = moejax.train(run_config)
+
+    seen = StopSignal.__enter__
+
+    def stop_at_once(self):
+        """The signal comes before the first step, which ends all the same."""
+        entered = seen(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return entered
+
+    parted = change(run_config, "out", str(tmp_path / "parted"))
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "__enter__", stop_at_once)
+        first = moejax.train(parted)
+    assert (first.ended, first.step) == ("stopped", 1)
+    second = moejax.train(parted)
+    assert (second.ended, second.step) == ("finished", 6)
+    exact = ("step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
+    for got, want in zip(metrics_of(second.folder), metrics_of(whole.folder), strict=True):
+        assert {key: got[key] for key in exact} == {key: want[key] for key in exact}
+    assert second.valid_loss == whole.valid_loss
+
+
+def test_a_finished_run_has_nothing_left_to_do(run_config):
+    moejax.train(run_config)
+    again = moejax.train(run_config)
+    assert (again.ended, again.step, again.loss) == ("finished", 6, None)
+    assert len(metrics_of(again.folder)) == 6
+
+
+def test_checkpoints_are_written_and_dropped(run_config, change):
+    config = change(change(run_config, "checkpoint.every_steps", 2), "checkpoint.keep", 2)
+    result = moejax.train(config)
+    assert sorted(int(path.name) for path in (result.folder / "checkpoints").iterdir()) == [4, 6]
+
+
+def test_another_model_in_the_same_folder_is_refused(run_config, change):
+    moejax.train(run_config)
+    with pytest.raises(ConfigError, match="this one has a run of another model"):
+        moejax.train(change(run_config, "model.hidden_size", 40))
+
+
+def test_steps_that_are_not_finite_end_the_run(run_config, change):
+    config = change(change(run_config, "optimizer.peak_lr", 1e30), "schedule.warmup_steps", 0)
+    with pytest.raises(NonFiniteError, match="loss.* not finite; the step was not applied"):
+        moejax.train(config)
+    folder = loop.Path(config.folder)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "non_finite" for event in events) >= config.max_bad_steps
+    assert json.loads((folder / "summary.json").read_text())["ended"] == "non_finite"
+
+
+def test_a_batch_that_grows_is_counted(run_config, change):
+    config = change(change(run_config, "schedule.ramp_start", 2), "schedule.ramp_increment", 2)
+    config = change(change(config, "schedule.ramp_until", 0.25), "pipeline.microbatches", 2)
+    result = moejax.train(config)
+    tokens = [line["tokens"] for line in metrics_of(result.folder)]
+    assert np.diff([0, *tokens]).tolist() == [64, 64, 64, 128, 128, 128]
