@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from moejax.config import ModelConfig
 from moejax.model.layers import MLP, matrix
@@ -26,8 +26,8 @@ class RouterBias(nnx.Variable):
 class BlockStats:
     """What an MoE layer reports of one forward pass."""
 
-    counts: Int[Array, "*L E"]  # tokens sent to each expert; they sum to T * K
-    balance_loss: Float[Array, "*L"]  # weighted; the mean over the sequences
+    counts: Array  # int32 [E]: tokens sent to each expert; they sum to T * K
+    balance_loss: Array  # float32 []: weighted; the mean over the sequences
 
 
 class MoE(nnx.Module):

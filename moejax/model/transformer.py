@@ -4,7 +4,6 @@ B batch, S positions, N = S + 1 tokens, D model dim, V vocabulary, L MoE layers 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +24,10 @@ from moejax.ops.loss import cross_entropy
 class Losses:
     """What one forward pass adds up to; sums over tokens, so that micro-batches can be added."""
 
-    main: Float[Array, ""]  # sum of next-token cross entropies, nats
-    mtp: Float[Array, ""]  # the same of the MTP modules, averaged over the depths
-    balance: Float[Array, ""]  # weighted balance losses: sum over layers, mean over sequences
-    counts: Int[Array, "L E"]  # tokens per expert
+    main: Array  # float32 []: sum of next-token cross entropies, nats
+    mtp: Array  # float32 []: the same of the MTP modules, averaged over the depths
+    balance: Array  # float32 []: weighted balance losses: sum over layers, mean over sequences
+    counts: Array  # int32 [L, E]: tokens per expert
 
 
 class Transformer(nnx.Module):
@@ -60,15 +59,18 @@ class Transformer(nnx.Module):
                 all_stats += [stats] if stats is not None else []
         return x_BSD, all_stats
 
-    def logits(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike, last: Any = None) -> Float[Array, "B S V"]:
-        """Float32 scores of every next token, for reading and sampling; training uses `losses`.
+    def logits(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike) -> Float[Array, "B S V"]:
+        """Float32 scores of every next token, for reading; training uses `losses`."""
+        return self._scores(self.hidden(self.embed(tokens_BS, dtype), None)[0])
 
-        With `last`, an index, only those after the token there: [B, 1, V].
-        """
+    def next_logits(self, tokens_BS: Int[Array, "B S"], last: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "B V"]:
+        """Float32 scores of the token after the one at the index `last`, for sampling."""
         hidden_BSD = self.hidden(self.embed(tokens_BS, dtype), None)[0]
-        if last is not None:
-            hidden_BSD = jax.lax.dynamic_slice_in_dim(hidden_BSD, last, 1, axis=1)
-        return jnp.dot(self.norm(hidden_BSD), self.head_DV[...].astype(dtype), preferred_element_type=jnp.float32)
+        return self._scores(jax.lax.dynamic_index_in_dim(hidden_BSD, last, axis=1, keepdims=False))
+
+    def _scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        normed = self.norm(hidden)
+        return jnp.dot(normed, self.head_DV[...].astype(normed.dtype), preferred_element_type=jnp.float32)
 
     def losses(
         self,

@@ -68,7 +68,7 @@ class Model:
 
     @functools.cached_property
     def _next_scores(self) -> Callable[[Transformer, np.ndarray, int], Array]:
-        return self._compiled(lambda module, tokens, last: module.logits(tokens, self.dtype, last)[0, 0])
+        return self._compiled(lambda module, tokens, last: module.next_logits(tokens, last, self.dtype)[0])
 
     def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
         return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=P(), out_specs=P()))

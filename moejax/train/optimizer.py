@@ -35,7 +35,7 @@ def decays(params: Any) -> Any:
 
 def clip(grads: Any, limit: float) -> tuple[Any, jax.Array]:
     """The gradients scaled so that their common L2 norm is at most `limit`, and the norm before that."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
     return jax.tree.map(lambda g: g * scale, grads), norm
 

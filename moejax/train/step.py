@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from moejax.config import RunConfig
 from moejax.data.batches import Batch
@@ -41,12 +41,12 @@ class StepSettings:
 class Metrics:
     """What a step reports, of the whole global batch."""
 
-    loss: Float[Array, ""]  # nats per predicted token
-    mtp_loss: Float[Array, ""]  # the same of the MTP modules, unweighted
-    balance_loss: Float[Array, ""]  # weighted
-    grad_norm: Float[Array, ""]  # before clipping
-    counts: Int[Array, "L E"]  # tokens per MoE layer (main, then MTP) and expert
-    finite: Bool[Array, ""]  # whether the step was applied
+    loss: Array  # float32 []: nats per predicted token
+    mtp_loss: Array  # float32 []: the same of the MTP modules, unweighted
+    balance_loss: Array  # float32 []: weighted
+    grad_norm: Array  # float32 []: before clipping
+    counts: Array  # int32 [L, E]: tokens per MoE layer (main, then MTP) and expert
+    finite: Array  # bool []: whether the step was applied
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
@@ -135,12 +135,12 @@ def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro:
         return gradient(params, batch)
     micro_batches = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
 
-    def add(total: Any, micro: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(params, micro)), None
+    def add(total: nnx.State, micro: Batch) -> tuple[nnx.State, Losses]:
+        grads, losses = gradient(params, micro)
+        return jax.tree.map(jnp.add, total, grads), losses
 
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro_batches))
-    zeros = jax.tree.map(lambda x: vary_over(jnp.zeros(x.shape, x.dtype), BATCH_AXES), shapes)
-    return jax.lax.scan(add, zeros, micro_batches)[0]
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro_batches)
+    return grads, jax.tree.map(lambda x: x.sum(0), losses)
 
 
 def _updated_bias(bias: nnx.State, counts: Array, speed: Any) -> nnx.State:
