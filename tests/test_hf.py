@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from moejax.config import ConfigError, ModelConfig, YarnConfig
 from moejax.model.count import abstract_model
-from moejax.model.hf import config_from_hf, config_to_hf, load_hf, to_hf_tensors
+from moejax.model.hf import load_hf, to_hf_tensors
+from moejax.model.hf_config import config_from_hf, config_to_hf
 from moejax.model.moe import RouterBias
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from moejax.model.hf import config_to_hf, load_hf, to_hf_tensors
+from moejax.model.hf import load_hf, to_hf_tensors
+from moejax.model.hf_config import config_to_hf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,8 @@ from flax import nnx
 
 from moejax.config import AttentionConfig, BalanceConfig, ModelConfig, MoEConfig, MTPConfig, YarnConfig
 from moejax.model.count import abstract_model
-from moejax.model.hf import config_to_hf, to_hf_tensors
+from moejax.model.hf import to_hf_tensors
+from moejax.model.hf_config import config_to_hf
 from moejax.model.moe import RouterBias
 
 FAST = {"xla_backend_optimization_level": 0}  # compiles in less time
