@@ -95,3 +95,10 @@ def test_a_batch_that_grows_is_counted(run_config, change):
     result = moejax.train(config)
     tokens = [line["tokens"] for line in metrics_of(result.folder)]
     assert np.diff([0, *tokens]).tolist() == [64, 64, 64, 128, 128, 128]
+
+
+def test_a_model_that_does_not_fit_in_memory_is_refused(run_config, change):
+    with pytest.raises(
+        ConfigError, match=r"model='\d.* parameters': wanted a model whose training state, here .* GB, fits"
+    ):
+        moejax.train(change(run_config, "model.dense_width", 10**9))

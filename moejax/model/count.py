@@ -12,7 +12,7 @@ def abstract_model(cfg: ModelConfig) -> Transformer:
     return jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), cfg))
 
 
-def num_parameters(module: nnx.Module) -> int:
+def num_parameters(module: nnx.Module | nnx.State) -> int:
     """Numbers in all parameters and router biases of a model or of a part of one."""
     return sum(leaf.size for leaf in jax.tree.leaves(module) if hasattr(leaf, "size"))
 

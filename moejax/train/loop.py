@@ -27,7 +27,7 @@ from moejax.model.count import active_per_token, num_parameters, train_flops_per
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
 from moejax.train.guard import NonFiniteError, StopSignal
-from moejax.train.peak import peak_flops, peak_memory_bytes
+from moejax.train.peak import memory_limit_bytes, peak_flops, peak_memory_bytes
 from moejax.train.runlog import RunLog
 from moejax.train.schedules import StepPlan, plan_steps
 from moejax.train.state import TrainState, abstract_state, new_state, new_transformer
@@ -72,6 +72,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     folder = Path(config.folder)
     _require_same_model(config, folder)
     mesh = make_mesh()
+    _require_memory(abstract_state(config, mesh))
     with ExitStack() as stack:
         cache = config.data.cache or folder.parent / "tokens"
         data = open_data(config.data, vocab_size=config.model.vocab_size, seed=config.seed, cache=cache)
@@ -95,6 +96,18 @@ def _require_same_model(config: RunConfig, folder: Path) -> None:
     before = RunConfig.from_json(file.read_text(encoding="utf-8"))
     if before.model != config.model:
         raise ConfigError("out", str(folder), "a folder of its own: this one has a run of another model")
+
+
+def _require_memory(state: TrainState) -> None:
+    """Raises ConfigError where the state alone is larger than the memory."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    limit = memory_limit_bytes()
+    if needed > limit:
+        model = f"{num_parameters(state.params):,} parameters"
+        wanted = (
+            f"a model whose training state, here {needed / 1e9:,.1f} GB, fits in the {limit / 1e9:,.1f} GB of memory"
+        )
+        raise ConfigError("model", model, wanted)
 
 
 def _start(config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Position]:

@@ -6,6 +6,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 # Dense BF16 peaks of the data sheets, TFLOP/s: without sparsity, which would double them.
 BF16_PEAKS = {"H100 PCIe": 756, "H100": 989.5, "H200": 989.5, "H800": 989.5, "A100": 312, "B200": 2250}
@@ -31,6 +32,12 @@ def _measured_flops(size: int = 1024, tries: int = 10) -> float:
         jax.block_until_ready(product(x, x))
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
+
+
+def memory_limit_bytes() -> int:
+    """Memory of the smallest device; on CPU, of the machine."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min(s.get("bytes_limit", psutil.virtual_memory().total) for s in stats)
 
 
 def peak_memory_bytes() -> int:
