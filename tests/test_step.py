@@ -56,6 +56,18 @@ def test_rematerialisation_changes_no_gradient(run_config, change, remat):
     assert_trees_close(other.opt_state[0].mu, cheap.opt_state[0].mu, rtol=2e-5)
 
 
+def test_rematerialisation_saves_memory(run_config, change):
+    config = change(change(run_config, "model.num_layers", 7), "data.batch_size", 32)
+
+    def temporary_bytes(remat):
+        again, mesh = change(config, "model.remat", remat), make_mesh()
+        state = jax.eval_shape(lambda: new_state(again, mesh))
+        batch = jax.eval_shape(lambda: place(batch_of(again), mesh))
+        return make_train_step(again, mesh).lower(state, batch, SETTINGS).compile().memory_analysis().temp_size_in_bytes
+
+    assert 1.5 * temporary_bytes("full") < 1.25 * temporary_bytes("cheap") < temporary_bytes("none")
+
+
 def test_every_parameter_has_a_gradient(run_config):
     state, _ = run(run_config, [batch_of(run_config)])
     for path, moment in jax.tree_util.tree_leaves_with_path(state.opt_state[0].mu):
