@@ -27,7 +27,7 @@ def config() -> RunConfig:
     """The settings of the run."""
     return RunConfig(
         name="tiny",
-        steps=300,
+        steps=200,
         precision="fp32",
         model=ModelConfig(
             vocab_size=264,  # bytes and 6 special tokens, rounded up to a multiple of 8
@@ -53,6 +53,7 @@ def config() -> RunConfig:
             exclude=("site-packages", "dist-packages"),
             sequence_length=128,
             batch_size=32,
+            valid_fraction=0.03,
             fim_rate=0.0,
         ),
         log=LogConfig(valid_every=50, pictures_every=50, prompt="import "),

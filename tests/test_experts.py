@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.ops.experts import combine, grouped_dot, grouped_outer, grouped_swiglu, permute, sort_by_expert
+from moejax.ops.experts import grouped_dot, grouped_outer, routed_swiglu, sort_by_expert
 
 D, F = 8, 4
 ROUTINGS = {
@@ -27,9 +27,7 @@ def layer(ids_TK, num_experts, seed=0):
 def routed(ids_TK, x_TD, weights_TK, gate_up, down):
     order_R, row_TK = sort_by_expert(ids_TK)
     sizes_E = jnp.bincount(ids_TK.reshape(-1), length=gate_up.shape[0])
-    rows = permute(x_TD, order_R, row_TK)
-    rows = grouped_swiglu(rows, weights_TK.reshape(-1)[order_R], gate_up, down, sizes_E)
-    return combine(rows, order_R, row_TK)
+    return routed_swiglu(x_TD, weights_TK, gate_up, down, order_R, row_TK, sizes_E)
 
 
 def every_expert_for_every_token(ids_TK, x_TD, weights_TK, gate_up, down):

@@ -6,7 +6,7 @@ import pytest
 from moejax.data.batches import Batch
 from moejax.mesh import make_mesh
 from moejax.model.count import train_flops_per_token
-from moejax.train.state import new_state
+from moejax.train.state import abstract_state, new_state
 from moejax.train.step import StepSettings, make_eval_step, make_train_step, place
 
 SETTINGS = StepSettings(learning_rate=np.float32(1e-3), bias_update_speed=np.float32(0.01), mtp_weight=np.float32(0.3))
@@ -61,7 +61,7 @@ def test_rematerialisation_saves_memory(run_config, change):
 
     def temporary_bytes(remat):
         again, mesh = change(config, "model.remat", remat), make_mesh()
-        state = jax.eval_shape(lambda: new_state(again, mesh))
+        state = abstract_state(again, mesh)
         batch = jax.eval_shape(lambda: place(batch_of(again), mesh))
         return make_train_step(again, mesh).lower(state, batch, SETTINGS).compile().memory_analysis().temp_size_in_bytes
 
@@ -150,7 +150,7 @@ def test_compile_time_does_not_grow_with_depth(run_config, change):
 
     def traced(layers):
         config, mesh = change(run_config, "model.num_layers", layers), make_mesh()
-        state = jax.eval_shape(lambda: new_state(config, mesh))
+        state = abstract_state(config, mesh)
         step = make_train_step(config, mesh)
         return str(step.trace(state, jax.eval_shape(lambda: place(batch_of(config), mesh)), SETTINGS).jaxpr).count("\n")
 

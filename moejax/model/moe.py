@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from moejax.config import ModelConfig
 from moejax.model.layers import MLP, matrix
-from moejax.ops.experts import combine, grouped_swiglu, permute, sort_by_expert
+from moejax.ops.experts import routed_swiglu, sort_by_expert
 from moejax.ops.routing import balance_loss, expert_counts, route
 
 
@@ -49,14 +49,9 @@ class MoE(nnx.Module):
         bias_E = None if self.router_bias is None else self.router_bias[...]
         ids_TK, weights_TK, scores_TE = route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
-        y_BSD = self._routed(x_TD, ids_TK, weights_TK, counts_E).reshape(x_BSD.shape)
+        experts = self.gate_up_EDG[...], self.down_EFD[...]
+        y_TD = routed_swiglu(x_TD, weights_TK, *experts, *sort_by_expert(ids_TK), counts_E)
         if self.shared is not None:
-            y_BSD += self.shared(x_BSD)
-        return y_BSD, BlockStats(counts_E, balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg))
-
-    def _routed(self, x_TD: Array, ids_TK: Array, weights_TK: Array, counts_E: Array) -> Float[Array, "T D"]:
-        order_R, row_TK = sort_by_expert(ids_TK)
-        rows_RD = permute(x_TD, order_R, row_TK)
-        weights_R = weights_TK.reshape(-1)[order_R]
-        rows_RD = grouped_swiglu(rows_RD, weights_R, self.gate_up_EDG[...], self.down_EFD[...], counts_E)
-        return combine(rows_RD, order_R, row_TK)
+            y_TD += self.shared(x_TD)
+        stats = BlockStats(counts_E, balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg))
+        return y_TD.reshape(x_BSD.shape), stats

@@ -33,29 +33,14 @@ def sort_by_expert(ids_TK: Int[Array, "T K"]) -> tuple[Int[Array, "R"], Int[Arra
     return order_R, row_TK.reshape(ids_TK.shape)
 
 
-def _rows(x_TD: Array, order_R: Array, row_TK: Array) -> Array:
+def _rows(x_TD: Array, order_R: Array, row_TK: Array) -> Float[Array, "R D"]:
+    """Each token's row, once for each of its experts, in the order of `sort_by_expert`."""
     return x_TD[order_R // row_TK.shape[1]]
 
 
-def _sums(rows_RD: Array, order_R: Array, row_TK: Array) -> Array:
-    return rows_RD[row_TK].astype(jnp.float32).sum(1).astype(rows_RD.dtype)
-
-
-@jax.custom_vjp
-def permute(x_TD: Float[Array, "T D"], order_R: Int[Array, "R"], row_TK: Int[Array, "T K"]) -> Float[Array, "R D"]:
-    """Each token's row, once for each of its experts, in the order of `sort_by_expert`."""
-    return _rows(x_TD, order_R, row_TK)
-
-
-@jax.custom_vjp
-def combine(rows_RD: Float[Array, "R D"], order_R: Int[Array, "R"], row_TK: Int[Array, "T K"]) -> Float[Array, "T D"]:
-    """The sum of each token's K rows; summed in float32, in the rows' dtype."""
-    return _sums(rows_RD, order_R, row_TK)
-
-
-# each one's gradient is the other, which is a gather; autodiff would scatter
-permute.defvjp(lambda x, *places: (_rows(x, *places), places), lambda places, d: (_sums(d, *places), None, None))
-combine.defvjp(lambda y, *places: (_sums(y, *places), places), lambda places, d: (_rows(d, *places), None, None))
+def _sums(rows_RD: Array, row_TK: Array) -> Float[Array, "T D"]:
+    """The sum of each token's K rows, in float32; the gradient of `_rows`, and it of this."""
+    return sum((rows_RD[row_T].astype(jnp.float32) for row_T in row_TK.T), jnp.zeros((), jnp.float32))
 
 
 # ----------------------------------------------------------------------------------------------------- grouped products
@@ -143,8 +128,9 @@ def grouped_outer(
 # -------------------------------------------------------------------------------------------------------------- SwiGLU
 
 
+@jax.custom_vjp
 def swiglu(h: Float[Array, "*R G"]) -> Float[Array, "*R F"]:
-    """silu(first half) * second half; computed in float32, in `h`'s dtype."""
+    """silu(first half) * second half; computed in float32, in `h`'s dtype. The backward pass keeps `h` only."""
     gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
     return (jax.nn.silu(gate) * up).astype(h.dtype)
 
@@ -157,39 +143,51 @@ def _swiglu_gradient(h: Array, du: Array) -> Array:
     return jnp.concatenate([du * up * (sigmoid + silu * (1 - sigmoid)), du * silu], axis=-1).astype(h.dtype)
 
 
-@jax.custom_vjp
-def grouped_swiglu(
-    x_RD: Float[Array, "R D"],
-    weights_R: Float[Array, "R"],
-    gate_up_EDG: Float[Array, "E D G"],
-    down_EFD: Float[Array, "E F D"],
-    sizes_E: Int[Array, "E"],
-) -> Float[Array, "R D"]:
-    """Each row through the SwiGLU of its expert, times the row's weight.
-
-    The first `sizes_E[0]` rows are expert 0's, and so on; rows beyond the groups give 0. The gradients of the expert's
-    matrices are float32. The backward pass keeps the product before the activation and computes the activation again
-    (section 3.3 of the V3 report).
-    """
-    return _swiglu_forward(x_RD, weights_R, gate_up_EDG, down_EFD, sizes_E)[0]
+swiglu.defvjp(lambda h: (swiglu(h), h), lambda h, du: (_swiglu_gradient(h, du),))
 
 
 def _weighted_swiglu(h: Array, weights: Array) -> Array:
     return (swiglu(h).astype(jnp.float32) * weights[:, None]).astype(h.dtype)
 
 
-def _swiglu_forward(x: Array, weights: Array, gate_up: Array, down: Array, sizes: Array) -> tuple[Array, tuple]:
-    h = checkpoint_name(grouped_dot(x, gate_up, sizes), "expert_hidden")
-    return grouped_dot(_weighted_swiglu(h, weights), down, sizes), (x, weights, h, gate_up, down, sizes)
+@jax.custom_vjp
+def routed_swiglu(
+    x_TD: Float[Array, "T D"],
+    weights_TK: Float[Array, "T K"],
+    gate_up_EDG: Float[Array, "E D G"],
+    down_EFD: Float[Array, "E F D"],
+    order_R: Int[Array, "R"],
+    row_TK: Int[Array, "T K"],
+    sizes_E: Int[Array, "E"],
+) -> Float[Array, "T D"]:
+    """The sum over each token's K choices of the choice's weight times the SwiGLU of its expert.
+
+    `order` and `row` are those of `sort_by_expert`, of which the first `sizes_E[0]` rows are expert 0's, and so on;
+    rows beyond the groups give 0. The gradients of the experts' matrices are float32. The backward pass keeps the
+    tokens and the product before the activation, and computes the activation again (section 3.3 of the V3 report).
+    """
+    return _swiglu_forward(x_TD, weights_TK, gate_up_EDG, down_EFD, order_R, row_TK, sizes_E)[0]
 
 
-def _swiglu_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array, Array, None]:
-    x, weights, h, gate_up, down, sizes = saved
+def _swiglu_forward(
+    x: Array, weights_TK: Array, gate_up: Array, down: Array, order: Array, row: Array, sizes: Array
+) -> tuple[Array, tuple]:
+    h = checkpoint_name(grouped_dot(_rows(x, order, row), gate_up, sizes), "expert_hidden")
+    weights = weights_TK.reshape(-1)[order]
+    y = _sums(grouped_dot(_weighted_swiglu(h, weights), down, sizes), row).astype(x.dtype)
+    return y, (x, weights, h, gate_up, down, order, row, sizes)
+
+
+def _swiglu_backward(saved: tuple, dy_TD: Array) -> tuple[Array, Array, Array, Array, None, None, None]:
+    x, weights, h, gate_up, down, order, row, sizes = saved
+    dy = _rows(dy_TD, order, row)
     du = grouped_dot_transposed(dy, down, sizes).astype(jnp.float32)
     dweights = (du * swiglu(h).astype(jnp.float32)).sum(-1)
     dh = _swiglu_gradient(h, du * weights[:, None])
     ddown = grouped_outer(_weighted_swiglu(h, weights), dy, sizes)
-    return grouped_dot_transposed(dh, gate_up, sizes), dweights, grouped_outer(x, dh, sizes), ddown, None
+    dgate_up = grouped_outer(_rows(x, order, row), dh, sizes)
+    dx = _sums(grouped_dot_transposed(dh, gate_up, sizes), row).astype(x.dtype)
+    return dx, dweights[row], dgate_up, ddown, None, None, None
 
 
-grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+routed_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -1,6 +1,7 @@
 """Cross entropy whose logits exist for one chunk of the vocabulary at a time.
 
-T tokens, D model dim, V vocabulary; the head is cut along V into chunks of at most `chunk` columns.
+The backward pass computes each chunk's logits again, unless one chunk holds the vocabulary: then it keeps them. T
+tokens, D model dim, V vocabulary; the head is cut along V into chunks of at most `chunk` columns.
 """
 
 import functools
@@ -52,23 +53,37 @@ def _forward(x: Array, head: Array, targets: Array, chunk: int) -> tuple[Array, 
         total = total * jnp.exp(top - new_top) + jnp.exp(logits - new_top[:, None]).sum(-1)
         return (new_top, total, picked + jnp.where(ids == targets[:, None], logits, 0).sum(-1)), None
 
+    if chunk == head.shape[1]:
+        logits = _logits(x, head, jnp.arange(chunk))
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return log_sum - picked, (x, head, targets, log_sum, logits)
     zeros = zeros_varying(x.shape[:1], jnp.float32, x)
     chunks = jnp.arange(-(-head.shape[1] // chunk))
     (top, total, picked), _ = jax.lax.scan(body, (zeros - jnp.inf, zeros, zeros), chunks)
     log_sum = top + jnp.log(total)
-    return log_sum - picked, (x, head, targets, log_sum)
+    return log_sum - picked, (x, head, targets, log_sum, None)
 
 
 def _backward(chunk: int, saved: tuple, dloss: Array) -> tuple[Array, Array, None]:
-    x, head, targets, log_sum = saved
+    x, head, targets, log_sum, kept = saved
+
+    def gradients(w: Array, ids: Array, logits: Array) -> tuple[Array, Array]:
+        """What a chunk adds to dx, and its columns of dhead; float32."""
+        probs = jnp.exp(logits - log_sum[:, None])
+        dlogits = ((probs - (ids == targets[:, None])) * dloss[:, None]).astype(x.dtype)
+        dx = jnp.dot(dlogits, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
+        return dx, jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
+
+    if kept is not None:
+        dx, dhead = gradients(head, jnp.arange(chunk), kept)
+        return dx.astype(x.dtype), dhead, None
 
     def body(carry: tuple[Array, Array], index: Array) -> tuple[tuple[Array, Array], None]:
         dx, dhead = carry
         w, ids = _columns(head, index, chunk)
-        probs = jnp.exp(_logits(x, w, ids) - log_sum[:, None])
-        dlogits = ((probs - (ids == targets[:, None])) * dloss[:, None]).astype(x.dtype)
-        dx += jnp.dot(dlogits, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
-        dw = jnp.dot(x.T, dlogits, preferred_element_type=jnp.float32)
+        dx_part, dw = gradients(w, ids, _logits(x, w, ids))
+        dx += dx_part
         start = jnp.minimum(index * chunk, head.shape[1] - chunk)
         old = jax.lax.dynamic_slice(dhead, (0, start), dw.shape)
         return (dx, jax.lax.dynamic_update_slice(dhead, old + dw, (0, start))), None

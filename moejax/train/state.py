@@ -42,20 +42,23 @@ def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, nnx.Param, RouterBias)  # type: ignore[return-value]
 
 
+def _first_state(config: RunConfig) -> TrainState:
+    params, router_bias = _split(new_transformer(config))[1:]
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
+    opt_state = make_optimizer(config.optimizer).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, router_bias, opt_state, ema)
+
+
 def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """The state before the first step, on the devices of the mesh."""
-
-    def make() -> TrainState:
-        params, router_bias = _split(new_transformer(config))[1:]
-        ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
-        opt_state = make_optimizer(config.optimizer).init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, router_bias, opt_state, ema)
-
-    return jax.jit(make, out_shardings=NamedSharding(mesh, P()))()
+    # it runs once: optimizing the many random draws takes longer than it saves
+    options = {"xla_backend_optimization_level": 0}
+    draw = jax.jit(lambda: _first_state(config), out_shardings=NamedSharding(mesh, P()), compiler_options=options)
+    return draw()
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, without making it."""
-    shapes = jax.eval_shape(lambda: new_state(config, mesh))
+    shapes = jax.eval_shape(lambda: _first_state(config))
     sharding = NamedSharding(mesh, P())
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
