@@ -5,7 +5,8 @@
 
 Every part of DeepSeek-V3 is there: latent attention, a leading dense layer, 16 experts in 4 groups of which a token
 uses 4 in 2, one shared expert, one MTP module. The 8 MoE layers, the 16 experts and the 32 rows of a batch divide over
-every mesh of 8 devices.
+every mesh of 8 devices. Expect a validation loss near 2.2 nats per byte after 4 minutes on 2 cores, where knowing only how
+often each byte occurs gives 3.2.
 """
 
 import sysconfig
@@ -27,7 +28,7 @@ def config() -> RunConfig:
     """The settings of the run."""
     return RunConfig(
         name="tiny",
-        steps=200,
+        steps=160,
         precision="fp32",
         model=ModelConfig(
             vocab_size=264,  # bytes and 6 special tokens, rounded up to a multiple of 8
@@ -36,7 +37,7 @@ def config() -> RunConfig:
             num_dense_layers=1,
             dense_width=384,
             attention=AttentionConfig(
-                num_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_dim=32, qk_rope_dim=16, v_dim=32
+                num_heads=4, q_lora_rank=64, kv_lora_rank=32, qk_nope_dim=32, qk_rope_dim=16, v_dim=32, block=32
             ),
             moe=MoEConfig(num_experts=16, num_shared=1, top_k=4, num_groups=4, top_groups=2, expert_width=64),
             init_std=0.02,
