@@ -5,8 +5,7 @@
 
 Every part of DeepSeek-V3 is there: latent attention, a leading dense layer, 16 experts in 4 groups of which a token
 uses 4 in 2, one shared expert, one MTP module. The 8 MoE layers, the 16 experts and the 32 rows of a batch divide over
-every mesh of 8 devices. Expect a validation loss near 2.2 nats per byte after 4 minutes on 2 cores, where knowing only how
-often each byte occurs gives 3.2.
+every mesh of 8 devices.
 """
 
 import sysconfig
