@@ -30,7 +30,7 @@ from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.peak import memory_limit_bytes, peak_flops, peak_memory_bytes
 from moejax.train.runlog import RunLog
 from moejax.train.schedules import StepPlan, plan_steps
-from moejax.train.state import TrainState, abstract_state, new_state, new_transformer
+from moejax.train.state import TrainState, abstract_state, new_state
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
 
 logger = logging.getLogger("moejax")
@@ -157,7 +157,7 @@ class _Run:
     def announce(self, total_steps: int) -> None:
         """Says what is trained, on what, and from where."""
         config, model, data = self.config, self.config.model, self.data
-        total = num_parameters(jax.eval_shape(lambda: new_transformer(config)))
+        total = num_parameters(self.state.params) + num_parameters(self.state.router_bias)
         active = active_per_token(model, mtp=False)
         logger.info(
             f"{config.name}: {total:,} parameters, {active:,} of them per token; {config.precision} on "
