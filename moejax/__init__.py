@@ -12,7 +12,9 @@ from moejax.config import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
+    LaunchConfig,
     LogConfig,
+    MeshConfig,
     ModelConfig,
     MoEConfig,
     MTPConfig,
@@ -26,6 +28,7 @@ from moejax.config import (
 from moejax.config_source import load_config
 
 if TYPE_CHECKING:
+    from moejax.mesh import simulate
     from moejax.serve.load import load
     from moejax.train.loop import RunResult
 
@@ -35,8 +38,10 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "LaunchConfig",
     "LogConfig",
     "MTPConfig",
+    "MeshConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -48,10 +53,11 @@ __all__ = [
     "YarnConfig",
     "load",
     "load_config",
+    "simulate",
     "train",
 ]
 
-_LOADED_ON_USE = {"RunResult": "moejax.train.loop", "load": "moejax.serve.load"}
+_LOADED_ON_USE = {"RunResult": "moejax.train.loop", "load": "moejax.serve.load", "simulate": "moejax.mesh"}
 
 # The package of the same name would take the place of the function `train` when it is first imported: import it before.
 importlib.import_module("moejax.train")

@@ -240,6 +240,69 @@ class OptimizerConfig:
             _require(value is None or 0 <= value < 1, f"optimizer.{name}", value, "0 or more, below 1")
 
 
+# ----------------------------------------------------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices a run has, and what each of them holds (section 3.2). One length may be -1: all that are left."""
+
+    pipe: int = 1  # stages of the pipeline
+    replica: int = 1  # groups of devices; with hsdp each has a whole copy of the training state
+    data: int = 1  # shards of the batch and of the training state
+    expert: int = 1  # shards of the routed experts, of the batch and of the training state
+    expert_nodes: int = 1  # above 1: the devices of `expert` are on so many nodes, and tokens travel in two hops
+    # zero1: the training state lies in shards over replica x data x expert, weights are gathered once per step; fsdp:
+    # the same shards, gathered layer by layer; hsdp: as fsdp, in shards over data x expert
+    sharding: Literal["zero1", "fsdp", "hsdp"] = "zero1"
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between devices
+    exchange_slack: float = 1.25  # slots of the expert exchange, relative to what balanced routing needs
+
+    def __post_init__(self) -> None:
+        lengths = {name: getattr(self, name) for name in ("pipe", "replica", "data", "expert")}
+        for name, value in lengths.items():
+            _require(value > 0 or value == -1, f"mesh.{name}", value, "a number above 0, or -1 for all that are left")
+        rest = [name for name, value in lengths.items() if value == -1]
+        _require(len(rest) <= 1, f"mesh.{rest[-1] if rest else ''}", -1, f"-1 once, not also for {rest[:1]}")
+        _require_positive(self, "mesh", "expert_nodes", "exchange_slack")
+        nodes, expert = self.expert_nodes, self.expert
+        good = expert == -1 or expert % nodes == 0
+        _require(good, "mesh.expert_nodes", nodes, f"a divisor of mesh.expert={expert}")
+
+    @property
+    def batch_shards(self) -> int:
+        """Devices over which the rows of a batch are spread, once -1 is resolved."""
+        return self.replica * self.data * self.expert
+
+    @property
+    def shard_axes(self) -> tuple[str, ...]:
+        """The mesh axes over which the training state lies in shards."""
+        return ("data", "expert") if self.sharding == "hsdp" else ("replica", "data", "expert")
+
+    @property
+    def state_shards(self) -> int:
+        """Shards of the training state, once -1 is resolved."""
+        return math.prod(getattr(self, axis) for axis in self.shard_axes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """The processes of a run. Under Slurm, Open MPI or Kubernetes none of this is needed: JAX finds out."""
+
+    processes: int = 1  # that make up the run; without a coordinator all are started on this machine
+    process: int | None = None  # number of this process, from 0
+    coordinator: str | None = None  # HOST:PORT at which process 0 listens, and at no other address
+    join_seconds: int = 300  # after which a process that is missing ends the run
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "launch", "processes", "join_seconds")
+        number, count = self.process, self.processes
+        good = number is None or 0 <= number < count
+        _require(good, "launch.process", number, f"a number from 0 to {count - 1} (launch.processes={count})")
+        together = (number is None) == (self.coordinator is None)
+        _require(together, "launch.process", number, f"a number if, and only if, launch.coordinator ({self.coordinator})")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """How a step is cut into micro-batches."""
@@ -332,13 +395,19 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    simulate: int | None = None  # CPU devices to simulate, over all processes; None: the machine's own devices
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "", "steps", "max_bad_steps")
+        _require_positive(self, "", "steps", "max_bad_steps", "simulate")
+        if self.simulate is not None:
+            wanted = f"a multiple of launch.processes={self.launch.processes}"
+            _require(self.simulate % self.launch.processes == 0, "simulate", self.simulate, wanted)
         both = self.steps is None and self.schedule.tokens is None
         _require(not both, "steps", self.steps, "a number, or a number for schedule.tokens")
         batch, micro, shards = self.data.batch_size, self.pipeline.microbatches, self.data.virtual_shards

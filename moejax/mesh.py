@@ -1,17 +1,98 @@
 """The device mesh: axis names and construction. Every mesh has every axis; one that is not used has length 1.
 
 pipe     stages of the pipeline
-replica  whole copies of the training state
+replica  groups of devices; whether each has a whole copy of the training state is `mesh.sharding`
 data     shards of the training state, and of the batch
-expert   shards of the routed experts, and of the batch
+expert   shards of the routed experts, of the rest of the training state, and of the batch
 """
 
+import dataclasses
+import math
+from collections.abc import Sequence
+
 import jax
+
+from moejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
 
 AXES = ("pipe", "replica", "data", "expert")
 BATCH_AXES = ("replica", "data", "expert")  # rows of a batch are sharded over these
 
 
-def make_mesh() -> jax.sharding.Mesh:
-    """The mesh of one device."""
-    return jax.make_mesh((1, 1, 1, 1), AXES, devices=jax.devices()[:1])
+def simulate(devices: int) -> None:
+    """Gives this process `devices` simulated CPU devices. It must come before anything that starts JAX.
+
+    Raises:
+        ConfigError: JAX has started with another number of devices.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:
+        there = jax.devices()
+        if len(there) != devices or there[0].platform != "cpu":
+            wanted = f"to be set before JAX starts; it has {len(there)} {there[0].platform} devices"
+            raise ConfigError("simulate", devices, wanted) from None
+
+
+def resolve(config: RunConfig, num_devices: int) -> RunConfig:
+    """`config` with the -1 of its mesh replaced, and everything that must divide checked.
+
+    Raises:
+        ConfigError: the mesh is not one of `num_devices` devices, or the model or batch does not divide over it.
+    """
+    mesh = _filled(config.mesh, num_devices)
+    config = dataclasses.replace(config, mesh=mesh)
+    _require_division(config.model, mesh)
+    batch, micro, shards = config.data.batch_size, config.pipeline.microbatches, mesh.batch_shards
+    if batch // micro % shards:
+        axes = f"mesh.replica={mesh.replica} x mesh.data={mesh.data} x mesh.expert={mesh.expert}"
+        wanted = f"a multiple of {micro * shards}, {axes} for each of pipeline.microbatches={micro}"
+        raise ConfigError("data.batch_size", batch, wanted)
+    return config
+
+
+def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of all devices, or of `devices`; `cfg` is one that `resolve` returned."""
+    shape = tuple(getattr(cfg, axis) for axis in AXES)
+    return jax.make_mesh(shape, AXES, devices=devices)
+
+
+def one_device_mesh() -> jax.sharding.Mesh:
+    """The mesh of this process's first device."""
+    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+
+
+def _filled(cfg: MeshConfig, num_devices: int) -> MeshConfig:
+    lengths = {axis: getattr(cfg, axis) for axis in AXES}
+    given = math.prod(length for length in lengths.values() if length != -1)
+    product = " x ".join(f"mesh.{axis}={length}" for axis, length in lengths.items())
+    rest = next((axis for axis, length in lengths.items() if length == -1), None)
+    if rest is not None:
+        if num_devices % given:
+            raise ConfigError(f"mesh.{rest}", -1, f"the other lengths to divide the {num_devices} devices: {product}")
+        return dataclasses.replace(cfg, **{rest: num_devices // given})
+    if given != num_devices:
+        raise ConfigError("mesh", given, f"{product} to be the {num_devices} devices there are (-1: all that are left)")
+    return cfg
+
+
+def _require_division(model: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises ConfigError where a dim that is sharded does not divide."""
+    if mesh.pipe != 1:
+        raise ConfigError("mesh.pipe", mesh.pipe, "1: layers are not spread over devices yet")
+    has_moe = model.num_layers > model.num_dense_layers
+    if has_moe and model.moe.num_experts % mesh.expert:
+        raise ConfigError("model.moe.num_experts", model.moe.num_experts, f"a multiple of mesh.expert={mesh.expert}")
+    attention = model.attention
+    sharded = {
+        "hidden_size": model.hidden_size,
+        "vocab_size": model.vocab_size,
+        "attention.kv_lora_rank": attention.kv_lora_rank,
+        "attention.q_lora_rank": attention.q_lora_rank or 0,
+    }
+    shards = mesh.state_shards
+    axes = " x ".join(f"mesh.{axis}={getattr(mesh, axis)}" for axis in mesh.shard_axes)
+    for name, value in sharded.items():
+        if value % shards:
+            advice = "" if mesh.sharding == "hsdp" else "; mesh.sharding=hsdp leaves mesh.replica out"
+            raise ConfigError(f"model.{name}", value, f"a multiple of the {shards} shards of {axes}{advice}")

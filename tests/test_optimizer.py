@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax.config import OptimizerConfig
-from moejax.mesh import make_mesh
+from moejax.mesh import one_device_mesh
 from moejax.train.optimizer import clip, decays, make_optimizer
 from moejax.train.state import new_state
 
@@ -40,7 +40,7 @@ def test_clip_limits_the_common_norm(limit, norm_after):
 
 
 def test_matrices_decay_and_scales_of_norms_do_not(run_config):
-    params = new_state(run_config, make_mesh()).params
+    params = new_state(run_config, one_device_mesh()).params
     for path, decay in jax.tree_util.tree_leaves_with_path(decays(params)):
         assert decay == ("scale" not in jax.tree_util.keystr(path)), jax.tree_util.keystr(path)
     assert 0 < sum(jax.tree.leaves(decays(params))) < len(jax.tree.leaves(params))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moejax.data.batches import Batch
-from moejax.mesh import make_mesh
+from moejax.mesh import one_device_mesh
 from moejax.model.count import train_flops_per_token
 from moejax.train.state import abstract_state, new_state
 from moejax.train.step import StepSettings, make_eval_step, make_train_step, place
@@ -19,7 +19,7 @@ def batch_of(config, seed=0):
 
 
 def run(config, batches, settings=SETTINGS, poison=None):
-    mesh = make_mesh()
+    mesh = one_device_mesh()
     state, step = new_state(config, mesh), make_train_step(config, mesh)
     if poison is not None:
         state = poison(state)
@@ -60,7 +60,7 @@ def test_rematerialisation_saves_memory(run_config, change):
     config = change(change(run_config, "model.num_layers", 7), "data.batch_size", 32)
 
     def temporary_bytes(remat):
-        again, mesh = change(config, "model.remat", remat), make_mesh()
+        again, mesh = change(config, "model.remat", remat), one_device_mesh()
         state = abstract_state(again, mesh)
         batch = jax.eval_shape(lambda: place(batch_of(again), mesh))
         return make_train_step(again, mesh).lower(state, batch, SETTINGS).compile().memory_analysis().temp_size_in_bytes
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_leaves_the_state(run_config):
         state.params["head_DV"][...] = state.params["head_DV"][...].at[0, 0].set(jnp.inf)
         return state
 
-    before = jax.device_get(poison(new_state(run_config, make_mesh())))
+    before = jax.device_get(poison(new_state(run_config, one_device_mesh())))
     after, metrics = run(run_config, [batch_of(run_config)], poison=poison)
     assert not metrics.finite and not np.isfinite(metrics.loss)
     for a, b in zip(jax.tree.leaves(after), jax.tree.leaves(before), strict=True):
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_leaves_the_state(run_config):
 
 def test_average_of_the_weights_follows_them(run_config, change):
     config = change(run_config, "optimizer.ema_decay", 0.75)
-    start = jax.device_get(new_state(config, make_mesh()))
+    start = jax.device_get(new_state(config, one_device_mesh()))
     after, _ = run(config, [batch_of(config)])
     want = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, start.params, after.params)
     assert_trees_close(after.ema, want, rtol=1e-6)
@@ -120,7 +120,7 @@ def test_average_of_the_weights_follows_them(run_config, change):
 def test_masked_documents_do_not_see_each_other(run_config, change):
     """Two documents in a row give the loss of each alone, weighted by its tokens."""
     config = change(change(run_config, "data.mask_documents", True), "model.mtp.depth", 0)
-    mesh, batch = make_mesh(), batch_of(config)
+    mesh, batch = one_device_mesh(), batch_of(config)
     state, evaluate = new_state(config, mesh), make_eval_step(config, mesh)
 
     def summed_loss(segments, mask):
@@ -149,7 +149,7 @@ def test_compile_time_does_not_grow_with_depth(run_config, change):
     """The layers are scanned: the traced step has the same equations at any depth."""
 
     def traced(layers):
-        config, mesh = change(run_config, "model.num_layers", layers), make_mesh()
+        config, mesh = change(run_config, "model.num_layers", layers), one_device_mesh()
         state = abstract_state(config, mesh)
         step = make_train_step(config, mesh)
         return str(step.trace(state, jax.eval_shape(lambda: place(batch_of(config), mesh)), SETTINGS).jaxpr).count("\n")
@@ -162,7 +162,7 @@ def test_flop_count_matches_xla(run_config, change):
     config = change(change(run_config, "model.remat", "none"), "model.loss_chunk", 1 << 20)
     config = change(change(change(config, "model.num_layers", 1), "model.num_dense_layers", 1), "model.mtp.depth", 0)
     config = change(change(config, "model.hidden_size", 256), "model.dense_width", 512)
-    mesh = make_mesh()
+    mesh = one_device_mesh()
     step = make_train_step(config, mesh)
     compiled = step.lower(new_state(config, mesh), place(batch_of(config), mesh), SETTINGS).compile()
     tokens = config.data.batch_size * config.data.sequence_length

@@ -179,11 +179,11 @@ def moejax_step(config: Any) -> Callable[[], None]:
     import numpy as np
 
     from moejax.data.batches import Batch
-    from moejax.mesh import make_mesh
+    from moejax.mesh import one_device_mesh
     from moejax.train.state import new_state
     from moejax.train.step import StepSettings, make_train_step, place
 
-    mesh = make_mesh()
+    mesh = one_device_mesh()
     tokens = np.random.default_rng(0).integers(0, VOCAB, (ROWS, LENGTH + 1)).astype(np.int32)
     batch = place(Batch(tokens, np.zeros_like(tokens), np.ones(tokens.shape, bool)), mesh)
     settings = StepSettings(*(np.float32(x) for x in (1e-3, 1e-3, 0.0)))

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, ModelConfig, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
-from moejax.mesh import make_mesh
+from moejax.mesh import one_device_mesh
 from moejax.model.hf import load_hf
 from moejax.model.transformer import Transformer
 from moejax.serve.generate import sample_tokens
@@ -94,7 +94,7 @@ def load(folder: str | Path) -> Model:
         step = checkpoints.latest if step is None else step
         if step is None or not (checkpoints.folder / str(step)).is_dir():
             raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
-        mesh = make_mesh()
+        mesh = one_device_mesh()
         state = abstract_state(config, mesh)
         parts, _ = checkpoints.load(step, {"model": {"params": state.params, "router_bias": state.router_bias}})
     return from_state(config, mesh, parts["model"]["params"], parts["model"]["router_bias"])
@@ -120,7 +120,7 @@ def _is_hugging_face(folder: Path) -> bool:
 
 def _load_hugging_face(folder: Path) -> Model:
     config, module = load_hf(folder)
-    mesh = make_mesh()
+    mesh = one_device_mesh()
     module = jax.device_put(module, NamedSharding(mesh, P()))
     file = folder / "tokenizer.json"
     tokenizer = open_tokenizer(str(file), vocab_size=config.vocab_size) if file.is_file() else None

@@ -22,7 +22,7 @@ from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, RunConfig
 from moejax.data.batches import Batch
 from moejax.data.dataset import Data, open_data
-from moejax.mesh import make_mesh
+from moejax.mesh import one_device_mesh
 from moejax.model.count import active_per_token, num_parameters, train_flops_per_token
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
@@ -71,7 +71,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     """
     folder = Path(config.folder)
     _require_same_model(config, folder)
-    mesh = make_mesh()
+    mesh = one_device_mesh()
     _require_memory(abstract_state(config, mesh))
     with ExitStack() as stack:
         cache = config.data.cache or folder.parent / "tokens"
