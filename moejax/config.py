@@ -175,6 +175,11 @@ class ModelConfig:
         layers, dense = self.num_layers, self.num_dense_layers
         _require(0 <= dense <= layers, "model.num_dense_layers", dense, f"between 0 and num_layers={layers}")
 
+    @property
+    def num_moe_layers(self) -> int:
+        """Main layers with a mixture of experts."""
+        return self.num_layers - self.num_dense_layers
+
 
 # ---------------------------------------------------------------------------------------------------------- training
 
@@ -245,7 +250,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices a run has, and what each of them holds (section 3.2). One length may be -1: all that are left."""
+    """How many devices a run has, and what each holds (section 3.2). One length may be -1: all that are left."""
 
     pipe: int = 1  # stages of the pipeline
     replica: int = 1  # groups of devices; with hsdp each has a whole copy of the training state
@@ -280,6 +285,11 @@ class MeshConfig:
         return ("data", "expert") if self.sharding == "hsdp" else ("replica", "data", "expert")
 
     @property
+    def gather_axes(self) -> tuple[str, ...]:
+        """Those of `shard_axes` that are longer than 1: over them weights travel."""
+        return tuple(axis for axis in self.shard_axes if getattr(self, axis) > 1)
+
+    @property
     def state_shards(self) -> int:
         """Shards of the training state, once -1 is resolved."""
         return math.prod(getattr(self, axis) for axis in self.shard_axes)
@@ -300,7 +310,8 @@ class LaunchConfig:
         good = number is None or 0 <= number < count
         _require(good, "launch.process", number, f"a number from 0 to {count - 1} (launch.processes={count})")
         together = (number is None) == (self.coordinator is None)
-        _require(together, "launch.process", number, f"a number if, and only if, launch.coordinator ({self.coordinator})")
+        wanted = f"a number if, and only if, there is a launch.coordinator ({self.coordinator})"
+        _require(together, "launch.process", number, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,10 +7,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ModelConfig
+from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, Norm
 from moejax.model.mla import MLA
 from moejax.model.moe import BlockStats, MoE
+from moejax.model.prefetch import scan_gathered
 
 # With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
 # (arXiv:2412.19437, section 3.2.3).
@@ -20,12 +21,12 @@ KEPT = ("q_latent", "kv_latent", "attention_out", "after_attention", "router_log
 class Block(nnx.Module):
     """x + MLA(norm(x)), then x + FFN(norm(x)), where the FFN is dense or a mixture of experts."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, kind: Literal["dense", "moe"]):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, kind: Literal["dense", "moe"]):
         self.attention_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.attention = MLA(rngs, cfg)
         self.ffn_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.ffn: MLP | MoE = (
-            MoE(rngs, cfg) if kind == "moe" else MLP(rngs, cfg.hidden_size, cfg.dense_width, cfg.init_std)
+            MoE(rngs, cfg, mesh) if kind == "moe" else MLP(rngs, cfg.hidden_size, cfg.dense_width, cfg.init_std)
         )
 
     def __call__(
@@ -43,9 +44,10 @@ class Block(nnx.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
 
 
-def stack(rngs: nnx.Rngs, cfg: ModelConfig, kind: Literal["dense", "moe"], num_layers: int) -> Block:
+def stack(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, kind: Literal["dense", "moe"], num_layers: int) -> Block:
     """A block whose parameters have a leading dim of `num_layers`."""
-    return jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, kind))(jax.random.split(rngs.params(), num_layers))
+    keys = jax.random.split(rngs.params(), num_layers)
+    return jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind))(keys)
 
 
 def run_block(
@@ -73,10 +75,16 @@ def run_stack(
     positions_BS: Int[Array, "#B S"],
     segment_ids_BS: Int[Array, "B S"] | None,
     remat: Literal["none", "cheap", "full"],
+    mesh: MeshConfig,
 ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
-    """The blocks of `stack` one after the other; the stats have a leading dim of layers."""
+    """The blocks of `stack` one after the other; the stats have a leading dim of layers.
 
-    def layer(x: Array, block: Block) -> tuple[Array, BlockStats | None]:
-        return run_block(block, x, positions_BS, segment_ids_BS, remat)
+    With FSDP and HSDP `blocks` lie in shards, and are gathered one layer ahead.
+    """
 
-    return jax.lax.scan(layer, x_BSD, blocks)
+    def layer(block: Block, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, BlockStats | None]:
+        return run_block(block, x, positions, segment_ids, remat)
+
+    if mesh.sharding != "zero1":
+        return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))
+    return jax.lax.scan(lambda x, block: layer(block, x, positions_BS, segment_ids_BS), x_BSD, blocks)

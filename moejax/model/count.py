@@ -3,13 +3,13 @@
 import jax
 from flax import nnx
 
-from moejax.config import ModelConfig
+from moejax.config import MeshConfig, ModelConfig
 from moejax.model.transformer import Transformer
 
 
 def abstract_model(cfg: ModelConfig) -> Transformer:
     """The model with shapes in place of numbers; costs no memory at any size."""
-    return jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), cfg))
+    return jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), cfg, MeshConfig()))
 
 
 def num_parameters(module: nnx.Module | nnx.State) -> int:
@@ -26,7 +26,7 @@ def active_per_token(cfg: ModelConfig, *, mtp: bool) -> int:
     dense_layer = _attention_entries(cfg) + 3 * dim * cfg.dense_width
     experts = 3 * dim * moe.expert_width * (moe.top_k + moe.num_shared)
     moe_layer = _attention_entries(cfg) + dim * moe.num_experts + experts
-    num_moe = cfg.num_layers - cfg.num_dense_layers
+    num_moe = cfg.num_moe_layers
     head = dim * cfg.vocab_size
     total = cfg.num_dense_layers * dense_layer + num_moe * moe_layer + head
     if mtp:

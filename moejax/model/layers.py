@@ -4,23 +4,26 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
+from moejax.model.shards import SHARDS, Gather, parameter, placed
 from moejax.ops.experts import swiglu
 from moejax.ops.linear import linear
 from moejax.ops.norm import rms_norm
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> nnx.Param:
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, spec: P, gather: Gather = "compute") -> nnx.Param:
     """A parameter drawn from N(0, std), float32."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * std)
+    draw = jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=placed(spec))
+    return parameter(draw * std, spec, gather)
 
 
 class Norm(nnx.Module):
     """RMSNorm with a learned scale."""
 
     def __init__(self, dim: int, eps: float):
-        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+        self.scale = parameter(jnp.ones((dim,), jnp.float32, out_sharding=placed(P(SHARDS))), P(SHARDS), gather="fp32")
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -32,8 +35,8 @@ class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The gate's and up's columns stand side by side in one matrix."""
 
     def __init__(self, rngs: nnx.Rngs, dim: int, width: int, std: float):
-        self.gate_up_DG = matrix(rngs, (dim, 2 * width), std)
-        self.down_FD = matrix(rngs, (width, dim), std)
+        self.gate_up_DG = matrix(rngs, (dim, 2 * width), std, P(SHARDS, None))
+        self.down_FD = matrix(rngs, (width, dim), std, P(None, SHARDS))
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Position by position."""

@@ -7,10 +7,12 @@ head's key without position and with, V dims of a head's value.
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from moejax.config import ModelConfig
 from moejax.model.layers import Norm, matrix
+from moejax.model.shards import SHARDS
 from moejax.ops.attention import attention
 from moejax.ops.linear import linear
 from moejax.ops.rope import rotate, rotation, softmax_scale
@@ -23,15 +25,16 @@ class MLA(nnx.Module):
         a, dim, std, eps = cfg.attention, cfg.hidden_size, cfg.init_std, cfg.norm_eps
         query = a.num_heads * (a.qk_nope_dim + a.qk_rope_dim)
         if a.q_lora_rank is None:
-            self.q_DH = matrix(rngs, (dim, query), std)
+            self.q_DH = matrix(rngs, (dim, query), std, P(SHARDS, None))
         else:
-            self.q_down_DQ = matrix(rngs, (dim, a.q_lora_rank), std)
+            self.q_down_DQ = matrix(rngs, (dim, a.q_lora_rank), std, P(SHARDS, None))
             self.q_norm = Norm(a.q_lora_rank, eps)
-            self.q_up_QH = matrix(rngs, (a.q_lora_rank, query), std)
-        self.kv_down_DC = matrix(rngs, (dim, a.kv_lora_rank + a.qk_rope_dim), std)
+            self.q_up_QH = matrix(rngs, (a.q_lora_rank, query), std, P(SHARDS, None))
+        self.kv_down_DC = matrix(rngs, (dim, a.kv_lora_rank + a.qk_rope_dim), std, P(SHARDS, None))
         self.kv_norm = Norm(a.kv_lora_rank, eps)
-        self.kv_up_CH = matrix(rngs, (a.kv_lora_rank, a.num_heads * (a.qk_nope_dim + a.v_dim)), std)
-        self.out_HD = matrix(rngs, (a.num_heads * a.v_dim, dim), std)
+        key_value = a.num_heads * (a.qk_nope_dim + a.v_dim)
+        self.kv_up_CH = matrix(rngs, (a.kv_lora_rank, key_value), std, P(SHARDS, None))
+        self.out_HD = matrix(rngs, (a.num_heads * a.v_dim, dim), std, P(None, SHARDS))
         self.cfg = a
 
     def __call__(

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from moejax.config import ModelConfig
+from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, matrix
+from moejax.model.shards import BESIDE_EXPERTS, SHARDS
 from moejax.ops.experts import routed_swiglu, sort_by_expert
 from moejax.ops.routing import balance_loss, expert_counts, route
 
@@ -33,14 +35,15 @@ class BlockStats:
 class MoE(nnx.Module):
     """A gate, the routed experts it picks for each token, and experts that all tokens share."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
         m, dim, std = cfg.moe, cfg.hidden_size, cfg.init_std
-        self.router_DE = matrix(rngs, (dim, m.num_experts), std)
+        self.router_DE = matrix(rngs, (dim, m.num_experts), std, P(SHARDS, None), gather="fp32")
         self.router_bias = RouterBias(jnp.zeros((m.num_experts,), jnp.float32)) if m.gate == "noaux_tc" else None
-        self.gate_up_EDG = matrix(rngs, (m.num_experts, dim, 2 * m.expert_width), std)
-        self.down_EFD = matrix(rngs, (m.num_experts, m.expert_width, dim), std)
+        gate_up, down = (m.num_experts, dim, 2 * m.expert_width), (m.num_experts, m.expert_width, dim)
+        self.gate_up_EDG = matrix(rngs, gate_up, std, P("expert", BESIDE_EXPERTS, None))
+        self.down_EFD = matrix(rngs, down, std, P("expert", None, BESIDE_EXPERTS))
         self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std) if m.num_shared else None
-        self.cfg = m
+        self.cfg, self.mesh = m, mesh
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], BlockStats]:
         """Returns the sum of the shared and the chosen experts, and the load."""

@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from moejax.config import ModelConfig
+from moejax.config import MeshConfig, ModelConfig
 from moejax.model.block import Block, run_block
 from moejax.model.layers import Norm, matrix
 from moejax.model.moe import BlockStats
+from moejax.model.shards import SHARDS
 from moejax.ops.linear import linear
 
 
@@ -19,11 +21,11 @@ class MTPModule(nnx.Module):
     released `eh_proj`, where the report's equation 21 writes the hidden state first.
     """
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
         self.embed_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.hidden_norm = Norm(cfg.hidden_size, cfg.norm_eps)
-        self.join_2DD = matrix(rngs, (2 * cfg.hidden_size, cfg.hidden_size), cfg.init_std)
-        self.block = Block(rngs, cfg, "moe" if cfg.num_layers > cfg.num_dense_layers else "dense")
+        self.join_2DD = matrix(rngs, (2 * cfg.hidden_size, cfg.hidden_size), cfg.init_std, P(SHARDS, None))
+        self.block = Block(rngs, cfg, mesh, "moe" if cfg.num_layers > cfg.num_dense_layers else "dense")
         self.norm = Norm(cfg.hidden_size, cfg.norm_eps)  # before the shared head
         self.remat = cfg.remat
 
@@ -39,10 +41,10 @@ class MTPModule(nnx.Module):
         return run_block(self.block, linear(joined_BSE, self.join_2DD[...]), positions_BS, segment_ids_BS, self.remat)
 
 
-def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig) -> MTPModule:
+def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig) -> MTPModule:
     """The modules of all depths, with a leading dim of `cfg.mtp.depth`."""
     keys = jax.random.split(rngs.params(), cfg.mtp.depth)
-    return jax.vmap(lambda key: MTPModule(nnx.Rngs(params=key), cfg))(keys)
+    return jax.vmap(lambda key: MTPModule(nnx.Rngs(params=key), cfg, mesh))(keys)
 
 
 def module_at(modules: MTPModule | None, depth: int) -> MTPModule:

@@ -8,14 +8,17 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from moejax.config import ModelConfig
+from moejax.config import MeshConfig, ModelConfig
 from moejax.model.block import run_stack, stack
 from moejax.model.layers import Norm, matrix
 from moejax.model.moe import BlockStats
 from moejax.model.mtp import module_at, stack_modules
+from moejax.model.shards import SHARDS, gather_for_use
+from moejax.ops.embedding import embed
 from moejax.ops.loss import cross_entropy
 
 
@@ -31,21 +34,25 @@ class Losses:
 
 
 class Transformer(nnx.Module):
-    """DeepSeek-V3's model; V2 and V2-Lite are other values of its config."""
+    """DeepSeek-V3's model; V2 and V2-Lite are other values of its config.
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
-        self.embed_VD = matrix(rngs, (cfg.vocab_size, cfg.hidden_size), cfg.init_std)
-        num_moe = cfg.num_layers - cfg.num_dense_layers
-        self.dense_blocks = stack(rngs, cfg, "dense", cfg.num_dense_layers) if cfg.num_dense_layers else None
-        self.moe_blocks = stack(rngs, cfg, "moe", num_moe) if num_moe else None
-        self.norm = Norm(cfg.hidden_size, cfg.norm_eps)
-        self.head_DV = matrix(rngs, (cfg.hidden_size, cfg.vocab_size), cfg.init_std)
-        self.mtp = stack_modules(rngs, cfg) if cfg.mtp.depth else None
-        self.cfg = cfg
+    Its methods are called inside `jax.shard_map`, on the weights of `shards.gather_for_step`.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
+        dim, std, num_dense, num_moe = cfg.hidden_size, cfg.init_std, cfg.num_dense_layers, cfg.num_moe_layers
+        self.embed_VD = matrix(rngs, (cfg.vocab_size, dim), std, P(None, SHARDS), gather="never")
+        self.dense_blocks = stack(rngs, cfg, mesh, "dense", num_dense) if num_dense else None
+        self.moe_blocks = stack(rngs, cfg, mesh, "moe", num_moe) if num_moe else None
+        self.norm = Norm(dim, cfg.norm_eps)
+        self.head_DV = matrix(rngs, (dim, cfg.vocab_size), std, P(None, SHARDS), gather="never")
+        self.mtp = stack_modules(rngs, cfg, mesh) if cfg.mtp.depth else None
+        self.cfg, self.mesh = cfg, mesh
 
     def embed(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike) -> Float[Array, "B S D"]:
         """The tokens' embeddings, in the dtype of the compute."""
-        return self.embed_VD[...][tokens_BS].astype(dtype)
+        x_TD = embed(tokens_BS.reshape(-1), self.embed_VD[...], dtype, self.mesh.gather_axes)
+        return x_TD.reshape(*tokens_BS.shape, -1)
 
     def hidden(
         self, x_BSD: Float[Array, "B S D"], segment_ids_BS: Int[Array, "B S"] | None
@@ -55,7 +62,7 @@ class Transformer(nnx.Module):
         all_stats = []
         for blocks in (self.dense_blocks, self.moe_blocks):
             if blocks is not None:
-                x_BSD, stats = run_stack(blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat)
+                x_BSD, stats = run_stack(blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)
                 all_stats += [stats] if stats is not None else []
         return x_BSD, all_stats
 
@@ -69,8 +76,14 @@ class Transformer(nnx.Module):
         return self._scores(jax.lax.dynamic_index_in_dim(hidden_BSD, last, axis=1, keepdims=False))
 
     def _scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        normed = self.norm(hidden)
-        return jnp.dot(normed, self.head_DV[...].astype(normed.dtype), preferred_element_type=jnp.float32)
+        normed = self._final_norm(hidden)
+        head_DV, axes = self.head_DV[...].astype(normed.dtype), self.mesh.gather_axes
+        if axes:
+            head_DV = jax.lax.all_gather(head_DV, axes, axis=1, tiled=True)
+        return jnp.dot(normed, head_DV, preferred_element_type=jnp.float32)
+
+    def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return gather_for_use(self.norm, self.mesh, x.dtype)(x)
 
     def losses(
         self,
@@ -87,12 +100,12 @@ class Transformer(nnx.Module):
         embedded_BSD = self.embed(tokens_BN[:, :-1], dtype)
         segments = None if segment_ids_BN is None else segment_ids_BN[:, :-1]
         hidden_BSD, stats = self.hidden(embedded_BSD, segments)
-        normed_BSD = self.norm(hidden_BSD)
+        normed_BSD = self._final_norm(hidden_BSD)
         main = self._summed_loss(normed_BSD, tokens_BN[:, 1:], loss_mask_BN[:, 1:])
         mtp = jnp.zeros_like(main)
         hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
         for depth in range(1, self.cfg.mtp.depth + 1):
-            module = module_at(self.mtp, depth - 1)
+            module = gather_for_use(module_at(self.mtp, depth - 1), self.mesh, dtype)
             length = embedded_BSD.shape[1] - depth
             own_segments = None if segments is None else segments[:, :length]
             hidden_BSD, block_stats = module(
@@ -112,5 +125,6 @@ class Transformer(nnx.Module):
 
     def _summed_loss(self, x_BSD: Array, targets_BS: Array, mask_BS: Array) -> Float[Array, ""]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        loss_T = cross_entropy(x_TD, self.head_DV[...], targets_BS.reshape(-1), self.cfg.loss_chunk)
+        targets_T, axes = targets_BS.reshape(-1), self.mesh.gather_axes
+        loss_T = cross_entropy(x_TD, self.head_DV[...], targets_T, self.cfg.loss_chunk, axes)
         return jnp.where(mask_BS.reshape(-1), loss_T, 0).sum()

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+FLOATS = {"bf16": jnp.bfloat16, "fp32": jnp.float32}  # as the settings name them
+
 
 @jax.custom_vjp
 def linear(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:

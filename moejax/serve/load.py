@@ -20,8 +20,8 @@ from moejax.data.tokens import Tokenizer, open_tokenizer
 from moejax.mesh import one_device_mesh
 from moejax.model.hf import load_hf
 from moejax.model.transformer import Transformer
+from moejax.ops.linear import FLOATS
 from moejax.serve.generate import sample_tokens
-from moejax.train.optimizer import DTYPES
 from moejax.train.state import abstract_state, model_structure
 
 
@@ -107,7 +107,7 @@ def from_state(
     if tokenizer is None:
         tokenizer = open_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
     module = nnx.merge(model_structure(config), params, router_bias)
-    return Model(config.model, module, mesh, tokenizer, config.data.sequence_length, DTYPES[config.precision])
+    return Model(config.model, module, mesh, tokenizer, config.data.sequence_length, FLOATS[config.precision])
 
 
 def _is_hugging_face(folder: Path) -> bool:
@@ -126,4 +126,4 @@ def _load_hugging_face(folder: Path) -> Model:
     tokenizer = open_tokenizer(str(file), vocab_size=config.vocab_size) if file.is_file() else None
     yarn = config.attention.yarn
     context = int(yarn.factor * yarn.original_length) if yarn is not None else 4096
-    return Model(config, module, mesh, tokenizer, context, DTYPES["fp32"])
+    return Model(config, module, mesh, tokenizer, context, FLOATS["fp32"])

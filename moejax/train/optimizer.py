@@ -8,8 +8,7 @@ import optax
 from jax.typing import DTypeLike
 
 from moejax.config import OptimizerConfig
-
-DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+from moejax.ops.linear import FLOATS
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -19,7 +18,7 @@ def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     return optax.chain(
-        _store_state_as(adam, DTYPES[cfg.moments]),
+        _store_state_as(adam, FLOATS[cfg.moments]),
         optax.add_decayed_weights(cfg.weight_decay, mask=decays),
     )
 
@@ -34,10 +33,21 @@ def decays(params: Any) -> Any:
 
 
 def clip(grads: Any, limit: float) -> tuple[Any, jax.Array]:
-    """The gradients scaled so that their common L2 norm is at most `limit`, and the norm before that."""
-    norm = optax.tree.norm(grads)
+    """The gradients scaled so that their common L2 norm is at most `limit`, and the norm before that.
+
+    Inside `jax.shard_map` the gradients are this device's shards, and the norm is that of all shards.
+    """
+    norm = jnp.sqrt(_sum_of_squares(grads))
     scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-30))
     return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def _sum_of_squares(tree: Any) -> jax.Array:
+    by_axes: dict[frozenset, Any] = {}
+    for leaf in jax.tree.leaves(tree):
+        axes = frozenset(jax.typeof(leaf).manual_axis_type.varying)
+        by_axes[axes] = by_axes.get(axes, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return sum((jax.lax.psum(part, tuple(axes)) for axes, part in by_axes.items()), jnp.zeros(()))
 
 
 def _store_state_as(inner: optax.GradientTransformation, dtype: DTypeLike) -> optax.GradientTransformation:

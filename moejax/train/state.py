@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from moejax.config import RunConfig
 from moejax.model.moe import RouterBias
+from moejax.model.shards import on_mesh
 from moejax.model.transformer import Transformer
 from moejax.train.optimizer import make_optimizer
 
@@ -29,8 +30,8 @@ class TrainState:
 
 
 def new_transformer(config: RunConfig) -> Transformer:
-    """The model with the parameters that `config.seed` draws; for use under `jax.jit` or `jax.eval_shape`."""
-    return Transformer(nnx.Rngs(params=jax.random.key(config.seed)), config.model)
+    """The model with the parameters that `config.seed` draws, the same on any mesh; for use under `jax.jit`."""
+    return Transformer(nnx.Rngs(params=jax.random.key(config.seed)), config.model, config.mesh)
 
 
 def model_structure(config: RunConfig) -> nnx.GraphDef:
@@ -50,15 +51,26 @@ def _first_state(config: RunConfig) -> TrainState:
 
 
 def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """The state before the first step, on the devices of the mesh."""
+    """The state before the first step, made in shards on the devices of the mesh."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     # it runs once: optimizing the many random draws takes longer than it saves
     options = {"xla_backend_optimization_level": 0}
-    draw = jax.jit(lambda: _first_state(config), out_shardings=NamedSharding(mesh, P()), compiler_options=options)
-    return draw()
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: _first_state(config), out_shardings=shardings, compiler_options=options)()
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, without making it."""
-    shapes = jax.eval_shape(lambda: _first_state(config))
-    sharding = NamedSharding(mesh, P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(lambda: _first_state(config))
+
+    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        spec = P() if x.sharding is None else on_mesh(x.sharding.spec, config.mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, shapes)
+
+
+def state_specs(config: RunConfig, mesh: Mesh) -> TrainState:
+    """The partition specification of every array of the state."""
+    return jax.tree.map(lambda x: x.sharding.spec, abstract_state(config, mesh))

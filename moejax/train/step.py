@@ -19,11 +19,13 @@ from jaxtyping import Array
 from moejax.config import RunConfig
 from moejax.data.batches import Batch
 from moejax.mesh import AXES, BATCH_AXES
+from moejax.model.shards import gather_for_step, reduce
 from moejax.model.transformer import Losses
+from moejax.ops.linear import FLOATS
 from moejax.ops.routing import update_bias
 from moejax.ops.varying import vary_over
-from moejax.train.optimizer import DTYPES, clip, make_optimizer
-from moejax.train.state import TrainState, model_structure
+from moejax.train.optimizer import clip, make_optimizer
+from moejax.train.state import TrainState, model_structure, state_specs
 
 
 @jax.tree_util.register_dataclass
@@ -62,18 +64,19 @@ def make_train_step(
     The batch's rows are a multiple of a micro-batch's, `data.batch_size / pipeline.microbatches`.
     """
     structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
-    micro_rows = config.data.batch_size // config.pipeline.microbatches
+    dtype, micro_rows = FLOATS[config.precision], config.data.batch_size // config.pipeline.microbatches
 
     def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
         predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         shards = jax.lax.axis_size(BATCH_AXES)
         num_micro = batch.tokens.shape[0] * shards // micro_rows
         params = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.params)
+        weights = gather_for_step(params, config.mesh, dtype)
         router_bias = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.router_bias)
 
-        def objective(params: nnx.State, micro: Batch) -> tuple[Array, Losses]:
-            losses = nnx.merge(structure, params, router_bias).losses(
-                micro.tokens, micro.loss_mask, _segments(config, micro), DTYPES[config.precision]
+        def objective(weights: nnx.State, micro: Batch) -> tuple[Array, Losses]:
+            losses = nnx.merge(structure, weights, router_bias).losses(
+                micro.tokens, micro.loss_mask, _segments(config, micro), dtype
             )
             per_token = Losses(
                 main=losses.main / predicted,
@@ -83,9 +86,8 @@ def make_train_step(
             )
             return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
 
-        grads, losses = _accumulate(objective, params, batch, num_micro)
-        grads, losses = jax.lax.psum((grads, losses), BATCH_AXES)
-        return _apply(state, grads, losses, settings)
+        grads, losses = _accumulate(objective, weights, batch, num_micro)
+        return _apply(state, reduce(grads, config.mesh), jax.lax.psum(losses, BATCH_AXES), settings)
 
     def _apply(
         state: TrainState, grads: nnx.State, losses: Losses, settings: StepSettings
@@ -106,21 +108,24 @@ def make_train_step(
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
         return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, losses.counts, finite)
 
-    local = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(BATCH_AXES), P()), out_specs=P(), axis_names=set(AXES))
+    specs = state_specs(config, mesh)
+    inputs, outputs = (specs, P(BATCH_AXES), P()), (specs, P())
+    local = jax.shard_map(step, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(AXES))
     return jax.jit(local, donate_argnums=0)
 
 
 def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
     """The compiled `(state, batch) -> (summed loss in nats, predicted tokens)` of the main model."""
-    structure = model_structure(config)
+    structure, dtype = model_structure(config), FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        model = nnx.merge(structure, state.params, state.router_bias)
-        losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), DTYPES[config.precision])
+        weights = gather_for_step(state.params, config.mesh, dtype)
+        model = nnx.merge(structure, weights, state.router_bias)
+        losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), dtype)
         predicted = batch.loss_mask[:, 1:].sum(dtype=jnp.float32)
         return jax.lax.psum((losses.main, predicted), BATCH_AXES)
 
-    specs = (P(), P(BATCH_AXES))
+    specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
 
 
