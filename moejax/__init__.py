@@ -63,9 +63,9 @@ _LOADED_ON_USE = {"RunResult": "moejax.train.loop", "load": "moejax.serve.load",
 importlib.import_module("moejax.train")
 
 
-def train(config: RunConfig) -> "RunResult":
-    """Trains as `config` says and returns what came of it; see `moejax.train.loop.train`."""
-    return importlib.import_module("moejax.train.loop").train(config)
+def train(config: RunConfig, **options: Any) -> "RunResult":
+    """Trains as `config` says and returns what came of it; options and errors are `moejax.train.loop.train`'s."""
+    return importlib.import_module("moejax.train.loop").train(config, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ value, what was wanted and the place in the tree.
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -254,7 +255,7 @@ class MeshConfig:
 
     pipe: int = 1  # stages of the pipeline
     replica: int = 1  # groups of devices; with hsdp each has a whole copy of the training state
-    data: int = 1  # shards of the batch and of the training state
+    data: int = -1  # shards of the batch and of the training state
     expert: int = 1  # shards of the routed experts, of the batch and of the training state
     expert_nodes: int = 1  # above 1: the devices of `expert` are on so many nodes, and tokens travel in two hops
     # zero1: the training state lies in shards over replica x data x expert, weights are gathered once per step; fsdp:
@@ -295,12 +296,15 @@ class MeshConfig:
         return math.prod(getattr(self, axis) for axis in self.shard_axes)
 
 
+ONE_DEVICE = MeshConfig(data=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """The processes of a run. Under Slurm, Open MPI or Kubernetes none of this is needed: JAX finds out."""
+    """The processes of a run. Where Slurm, Open MPI or Kubernetes starts them, none of this is needed."""
 
-    processes: int = 1  # that make up the run; without a coordinator all are started on this machine
-    process: int | None = None  # number of this process, from 0
+    processes: int = 1  # that make up the run; where nothing else has started them, this machine does
+    process: int | None = None  # number of this process, from 0; None: as the launcher says
     coordinator: str | None = None  # HOST:PORT at which process 0 listens, and at no other address
     join_seconds: int = 300  # after which a process that is missing ends the run
 
@@ -309,9 +313,11 @@ class LaunchConfig:
         number, count = self.process, self.processes
         good = number is None or 0 <= number < count
         _require(good, "launch.process", number, f"a number from 0 to {count - 1} (launch.processes={count})")
-        together = (number is None) == (self.coordinator is None)
-        wanted = f"a number if, and only if, there is a launch.coordinator ({self.coordinator})"
-        _require(together, "launch.process", number, wanted)
+        address = self.coordinator
+        good = address is None or re.fullmatch(r"(\[[^]]+]|[^]:[]+):\d{1,5}", address) is not None
+        _require(good, "launch.coordinator", address, "HOST:PORT, or [ADDRESS]:PORT for IPv6")
+        wanted = "HOST:PORT of process 0, as there is a launch.process"
+        _require(number is None or address is not None, "launch.coordinator", address, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

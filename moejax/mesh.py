@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 
-from moejax.config import ConfigError, MeshConfig, ModelConfig, RunConfig
+from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, RunConfig
 
 AXES = ("pipe", "replica", "data", "expert")
 BATCH_AXES = ("replica", "data", "expert")  # rows of a batch are sharded over these
@@ -22,13 +22,13 @@ def simulate(devices: int) -> None:
     """Gives this process `devices` simulated CPU devices. It must come before anything that starts JAX.
 
     Raises:
-        ConfigError: JAX has started with another number of devices.
+        ConfigError: JAX has started with other devices.
     """
     try:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+        jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
-        there = jax.devices()
+        there = jax.local_devices()
         if len(there) != devices or there[0].platform != "cpu":
             wanted = f"to be set before JAX starts; it has {len(there)} {there[0].platform} devices"
             raise ConfigError("simulate", devices, wanted) from None
@@ -59,7 +59,24 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> j
 
 def one_device_mesh() -> jax.sharding.Mesh:
     """The mesh of this process's first device."""
-    return make_mesh(MeshConfig(), jax.local_devices()[:1])
+    return make_mesh(ONE_DEVICE, jax.local_devices()[:1])
+
+
+def batch_part(mesh: jax.sharding.Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows the devices of this process hold, and into how many such parts it is cut.
+
+    Raises:
+        ConfigError: they hold rows that are not neighbours, or not of one part.
+    """
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(BATCH_AXES))
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    places = sharding.addressable_devices_indices_map((shards,)).values()
+    own = sorted({place[0].indices(shards)[0] for place in places if place is not None})
+    first, count = own[0], len(own)
+    if own[-1] != first + count - 1 or first % count or shards % count:
+        wanted = f"one in which each process holds neighbouring rows, not rows {own} of {shards}"
+        raise ConfigError("mesh", dict(mesh.shape), wanted)
+    return first // count, shards // count
 
 
 def _filled(cfg: MeshConfig, num_devices: int) -> MeshConfig:

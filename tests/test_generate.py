@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_settings_that_do_not_fit_are_named(options, error):
 
 def test_loaded_run_gives_the_loss_it_was_validated_with(run_config):
     """Logits of the loaded model, through its own softmax, against the validation loss that training printed."""
-    result = moejax.train(run_config)
+    result = moejax.train(run_config, devices=jax.devices()[:1])
     model, same = moejax.load(result.folder), moejax.load(result.folder / "checkpoints" / "6")
     from moejax.data.dataset import open_data
 

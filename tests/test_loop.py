@@ -3,6 +3,7 @@ import json
 import os
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,10 @@ from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.runlog import METRICS
 
 
+def train(config):
+    return moejax.train(config, devices=jax.devices()[:1])
+
+
 def metrics_of(folder):
     with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
@@ -20,7 +25,7 @@ def metrics_of(folder):
 
 def test_run_folder_has_everything(run_config, change):
     config = change(run_config, "log.sample_tokens", 3)
-    result = moejax.train(config)
+    result = train(config)
     assert (result.ended, result.step, result.tokens) == ("finished", 6, 6 * 4 * 32)
     lines = metrics_of(result.folder)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -35,7 +40,7 @@ def test_run_folder_has_everything(run_config, change):
 
 
 def test_stop_and_resume_is_bitwise_equal(run_config, change, tmp_path, monkeypatch):
-    whole = moejax.train(run_config)
+    whole = train(run_config)
 
     seen = StopSignal.__enter__
 
@@ -48,9 +53,9 @@ def test_stop_and_resume_is_bitwise_equal(run_config, change, tmp_path, monkeypa
     parted = change(run_config, "out", str(tmp_path / "parted"))
     with monkeypatch.context() as patch:
         patch.setattr(StopSignal, "__enter__", stop_at_once)
-        first = moejax.train(parted)
+        first = train(parted)
     assert (first.ended, first.step) == ("stopped", 1)
-    second = moejax.train(parted)
+    second = train(parted)
     assert (second.ended, second.step) == ("finished", 6)
     exact = ("step", "tokens", "loss", "mtp_loss", "balance_loss", "grad_norm", "learning_rate", "max_violation")
     for got, want in zip(metrics_of(second.folder), metrics_of(whole.folder), strict=True):
@@ -59,28 +64,28 @@ def test_stop_and_resume_is_bitwise_equal(run_config, change, tmp_path, monkeypa
 
 
 def test_a_finished_run_has_nothing_left_to_do(run_config):
-    moejax.train(run_config)
-    again = moejax.train(run_config)
+    train(run_config)
+    again = train(run_config)
     assert (again.ended, again.step, again.loss) == ("finished", 6, None)
     assert len(metrics_of(again.folder)) == 6
 
 
 def test_checkpoints_are_written_and_dropped(run_config, change):
     config = change(change(run_config, "checkpoint.every_steps", 2), "checkpoint.keep", 2)
-    result = moejax.train(config)
+    result = train(config)
     assert sorted(int(path.name) for path in (result.folder / "checkpoints").iterdir()) == [4, 6]
 
 
 def test_another_model_in_the_same_folder_is_refused(run_config, change):
-    moejax.train(run_config)
+    train(run_config)
     with pytest.raises(ConfigError, match="this one has a run of another model"):
-        moejax.train(change(run_config, "model.hidden_size", 40))
+        train(change(run_config, "model.hidden_size", 40))
 
 
 def test_steps_that_are_not_finite_end_the_run(run_config, change):
     config = change(change(run_config, "optimizer.peak_lr", 1e30), "schedule.warmup_steps", 0)
     with pytest.raises(NonFiniteError, match=r"grad_norm not finite; the step was not applied"):
-        moejax.train(config)
+        train(config)
     folder = loop.Path(config.folder)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert sum(event["kind"] == "non_finite" for event in events) >= config.max_bad_steps
@@ -92,7 +97,7 @@ def test_a_batch_that_grows_is_counted(run_config, change):
     config = change(
         micro, "schedule", dataclasses.replace(micro.schedule, ramp_start=2, ramp_increment=2, ramp_until=0.25)
     )
-    result = moejax.train(config)
+    result = train(config)
     tokens = [line["tokens"] for line in metrics_of(result.folder)]
     assert np.diff([0, *tokens]).tolist() == [64, 64, 64, 128, 128, 128]
 
@@ -101,4 +106,4 @@ def test_a_model_that_does_not_fit_in_memory_is_refused(run_config, change):
     with pytest.raises(
         ConfigError, match=r"model='\d.* parameters': wanted a model whose training state, here .* GB, fits"
     ):
-        moejax.train(change(run_config, "model.dense_width", 10**9))
+        train(change(run_config, "model.dense_width", 10**9))

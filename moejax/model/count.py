@@ -3,13 +3,13 @@
 import jax
 from flax import nnx
 
-from moejax.config import MeshConfig, ModelConfig
+from moejax.config import ONE_DEVICE, ModelConfig
 from moejax.model.transformer import Transformer
 
 
 def abstract_model(cfg: ModelConfig) -> Transformer:
     """The model with shapes in place of numbers; costs no memory at any size."""
-    return jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), cfg, MeshConfig()))
+    return jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), cfg, ONE_DEVICE))
 
 
 def num_parameters(module: nnx.Module | nnx.State) -> int:

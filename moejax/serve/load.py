@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -15,12 +15,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from moejax.checkpoint.manager import Checkpoints
-from moejax.config import ConfigError, ModelConfig, RunConfig
+from moejax.config import ONE_DEVICE, ConfigError, ModelConfig, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
-from moejax.mesh import one_device_mesh
+from moejax.mesh import BATCH_AXES, one_device_mesh
 from moejax.model.hf import load_hf
+from moejax.model.shards import gather_for_step
 from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
+from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
 from moejax.train.state import abstract_state, model_structure
 
@@ -71,7 +73,20 @@ class Model:
         return self._compiled(lambda module, tokens, last: module.next_logits(tokens, last, self.dtype)[0])
 
     def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        return jax.jit(jax.shard_map(function, mesh=self.mesh, in_specs=P(), out_specs=P()))
+        def on_each_device(module: Transformer, *inputs: Array) -> Array:
+            """The same answer on every device; their maximum is that answer, known to be the same."""
+            module, inputs = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), (module, inputs))
+            weights = gather_for_step(module, module.mesh, self.dtype)
+            return jax.lax.pmax(function(weights, *inputs), BATCH_AXES)
+
+        def answer(module: Transformer, *inputs: Array) -> Array:
+            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, module)
+            shared = jax.tree.map(lambda x: P(), inputs)
+            return jax.shard_map(on_each_device, mesh=self.mesh, in_specs=(specs, *shared), out_specs=P())(
+                module, *inputs
+            )
+
+        return jax.jit(answer)
 
 
 def load(folder: str | Path) -> Model:
@@ -94,7 +109,7 @@ def load(folder: str | Path) -> Model:
         step = checkpoints.latest if step is None else step
         if step is None or not (checkpoints.folder / str(step)).is_dir():
             raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
-        mesh = one_device_mesh()
+        config, mesh = replace(config, mesh=ONE_DEVICE), one_device_mesh()
         state = abstract_state(config, mesh)
         parts, _ = checkpoints.load(step, {"model": {"params": state.params, "router_bias": state.router_bias}})
     return from_state(config, mesh, parts["model"]["params"], parts["model"]["router_bias"])

@@ -6,7 +6,7 @@ A run continues by itself: where its folder has a checkpoint, the same command g
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,19 @@ from rich.console import Console
 
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, RunConfig
-from moejax.data.batches import Batch
+from moejax.data.batches import Batch, merge_states
 from moejax.data.dataset import Data, open_data
-from moejax.mesh import one_device_mesh
+from moejax.mesh import batch_part, make_mesh, resolve
 from moejax.model.count import active_per_token, num_parameters, train_flops_per_token
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
 from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.peak import memory_limit_bytes, peak_flops, peak_memory_bytes
-from moejax.train.runlog import RunLog
+from moejax.train.runlog import NoLog, RunLog
 from moejax.train.schedules import StepPlan, plan_steps
-from moejax.train.state import TrainState, abstract_state, new_state
+from moejax.train.state import TrainState, abstract_state, bytes_per_device, new_state
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
+from moejax.train.together import everyones, is_main, main_first, together
 
 logger = logging.getLogger("moejax")
 
@@ -57,35 +58,52 @@ class Position:
     data: dict[str, Any] | None = None  # of `Prefetcher.state`
 
 
-def train(config: RunConfig, console: Console | None = None) -> RunResult:
+def train(config: RunConfig, console: Console | None = None, devices: Sequence[jax.Device] | None = None) -> RunResult:
     """Trains until `steps` or `schedule.tokens`, a signal, or too many steps that are not finite.
 
     Args:
         config: all settings; `config.folder` is made, or continued.
         console: where the run is shown; None: stdout.
+        devices: of the mesh; None: all.
 
     Raises:
         ConfigError: a setting or a file that cannot be used.
         NonFiniteError: `max_bad_steps` steps in a row had a loss or gradient that is not finite; the last good state
             is saved.
     """
-    folder = Path(config.folder)
-    _require_same_model(config, folder)
-    mesh = one_device_mesh()
-    _require_memory(abstract_state(config, mesh))
+    asked, config = config, resolve(config, len(devices or jax.devices()))
+    mesh, folder = make_mesh(config.mesh, devices), Path(config.folder)
+    together(lambda: _require_same_model(config, folder))
+    together(lambda: _require_memory(abstract_state(config, mesh)))
     with ExitStack() as stack:
-        cache = config.data.cache or folder.parent / "tokens"
-        data = open_data(config.data, vocab_size=config.model.vocab_size, seed=config.seed, cache=cache)
+        data = main_first(lambda: _open_data(config, mesh, folder))
         stack.callback(data.train.close)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep))
-        state, position = _start(config, mesh, data, checkpoints)
+        state, position = together(lambda: _start(config, mesh, data, checkpoints))
         plans = list(plan_steps(config, position.step, position.tokens))
         total_steps = position.step + len(plans)
-        log = stack.enter_context(RunLog(config, total_steps=total_steps, resumed_step=position.step, console=console))
+        log = stack.enter_context(_open_log(asked, total_steps, position.step, console))
         run = _Run(config, mesh, data, checkpoints, log, state, position)
         run.announce(total_steps)
         stop = stack.enter_context(StopSignal())
         return run.go(plans, stop)
+
+
+def _open_data(config: RunConfig, mesh: Mesh, folder: Path) -> Data:
+    """The rows of this process's devices."""
+    host, num_hosts = batch_part(mesh)
+    cache = config.data.cache or folder.parent / "tokens"
+    vocab_size, seed = config.model.vocab_size, config.seed
+    return open_data(config.data, vocab_size=vocab_size, seed=seed, cache=cache, host=host, num_hosts=num_hosts)
+
+
+def _open_log(config: RunConfig, total_steps: int, resumed_step: int, console: Console | None) -> RunLog | NoLog:
+    def opened() -> RunLog | NoLog:
+        if is_main():
+            return RunLog(config, total_steps=total_steps, resumed_step=resumed_step, console=console)
+        return NoLog(Path(config.folder))
+
+    return together(opened)
 
 
 def _require_same_model(config: RunConfig, folder: Path) -> None:
@@ -99,9 +117,10 @@ def _require_same_model(config: RunConfig, folder: Path) -> None:
 
 
 def _require_memory(state: TrainState) -> None:
-    """Raises ConfigError where the state alone is larger than the memory."""
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    limit = memory_limit_bytes()
+    """Raises ConfigError where a device's part of the state alone is larger than its memory."""
+    needed, limit = bytes_per_device(state), memory_limit_bytes()
+    if jax.devices()[0].platform == "cpu":  # simulated devices share the machine's memory
+        needed *= jax.local_device_count()
     if needed > limit:
         model = f"{num_parameters(state.params):,} parameters"
         wanted = (
@@ -139,7 +158,7 @@ class _Run:
         mesh: Mesh,
         data: Data,
         checkpoints: Checkpoints,
-        log: RunLog,
+        log: RunLog | NoLog,
         state: TrainState,
         position: Position,
     ):
@@ -159,10 +178,13 @@ class _Run:
         config, model, data = self.config, self.config.model, self.data
         total = num_parameters(self.state.params) + num_parameters(self.state.router_bias)
         active = active_per_token(model, mtp=False)
+        lengths = " x ".join(f"{axis} {length}" for axis, length in self.mesh.shape.items() if length > 1)
         logger.info(
             f"{config.name}: {total:,} parameters, {active:,} of them per token; {config.precision} on "
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; peak {self.peak / 1e12:.3g} TFLOP/s"
         )
+        if lengths:
+            logger.info(f"mesh: {lengths}, {config.mesh.sharding}; {jax.process_count()} processes")
         text = f"{data.num_train_tokens:,} training tokens, {data.num_valid_tokens:,} for validation"
         if data.unigram_loss is not None:
             text += f", where knowing only how often each token occurs gives a loss of {data.unigram_loss:.4f}"
@@ -202,8 +224,9 @@ class _Run:
             every = config.checkpoint.every_steps
             if every is not None and plan.step % every == 0:  # once in a while: save
                 self._save()
-            if stop.name is not None:
-                logger.info(f"{stop.name}: stopping after step {plan.step}; the same command goes on from there")
+            signal = next((name for name in everyones(stop.name) if name is not None), None)
+            if signal is not None:
+                logger.info(f"{signal}: stopping after step {plan.step}; the same command goes on from there")
                 return self._finish("stopped", metrics)
             clock = time.perf_counter()
         return self._finish("finished", metrics if self.loss is not None else None)
@@ -240,7 +263,9 @@ class _Run:
         rows = self.config.data.batch_size // self.config.pipeline.microbatches
         token_bytes = self.data.tokenizer.token_bytes
         batches = self.data.valid_batches(self.config.log.valid_batches, rows)
-        return [(place(b, self.mesh), float(token_bytes[b.tokens[:, 1:]][b.loss_mask[:, 1:]].sum())) for b in batches]
+        own = [float(token_bytes[batch.tokens[:, 1:]][batch.loss_mask[:, 1:]].sum()) for batch in batches]
+        parts = dict(everyones((self.data.host, own))).values()  # processes that hold the same rows say the same
+        return [(place(batch, self.mesh), sum(texts)) for batch, *texts in zip(batches, *parts, strict=True)]
 
     def _validate(self) -> dict[str, float]:
         if not self.valid:
@@ -255,7 +280,8 @@ class _Run:
     def _draw(self, metrics: Metrics) -> None:
         if metrics.counts.size:
             self.log.expert_load(self.position.step, np.round(_relative_load(metrics.counts), 3).tolist())
-        draw_pictures(self.log.folder)
+        if is_main():
+            draw_pictures(self.log.folder)
 
     def _watch(self, metrics: Metrics) -> None:
         """Raises NonFiniteError after `max_bad_steps` steps in a row that were not applied."""
@@ -275,7 +301,8 @@ class _Run:
 
     def _save(self) -> None:
         position = self.position
-        meta = {"step": position.step, "tokens": position.tokens, "data": position.data}
+        data = merge_states(everyones(position.data))
+        meta = {"step": position.step, "tokens": position.tokens, "data": data}
         self.checkpoints.save(position.step, _parts(self.state), meta)
         self.log.event("checkpoint", step=position.step)
 

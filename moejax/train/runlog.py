@@ -195,6 +195,33 @@ class RunLog:
         return run
 
 
+class NoLog:
+    """The log of the processes that are not the main one: it writes and shows nothing."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._before = logger.disabled
+
+    def __enter__(self) -> "NoLog":
+        logger.disabled = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        logger.disabled = self._before
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """As `RunLog.step`."""
+
+    def expert_load(self, step: int, load: Sequence[Sequence[float]]) -> None:
+        """As `RunLog.expert_load`."""
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """As `RunLog.event`."""
+
+    def finish(self, kind: str, **fields: Any) -> None:
+        """As `RunLog.finish`."""
+
+
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nothing: what keeps log.txt from being written is reported by the next line of metrics."""

@@ -1,5 +1,6 @@
 """Everything on the devices that defines a run between two steps."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,3 +75,10 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
 def state_specs(config: RunConfig, mesh: Mesh) -> TrainState:
     """The partition specification of every array of the state."""
     return jax.tree.map(lambda x: x.sharding.spec, abstract_state(config, mesh))
+
+
+def bytes_per_device(state: TrainState) -> int:
+    """Bytes that each device holds of a state, or of its shapes and shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+    )

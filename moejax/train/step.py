@@ -52,8 +52,9 @@ class Metrics:
 
 
 def place(batch: Batch, mesh: Mesh) -> Batch:
-    """The batch on the devices, its rows shared out."""
-    return jax.device_put(batch, NamedSharding(mesh, P(BATCH_AXES)))
+    """The batch on the devices, its rows shared out; of several processes each gives the rows of its own devices."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def make_train_step(

@@ -1,0 +1,51 @@
+"""What the processes of a run say to each other outside of the compiled step. One process says it to itself.
+
+Every function here is called by all processes in the same order.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from moejax.config import ConfigError
+
+Result = TypeVar("Result")
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes the run folder and the console."""
+    return jax.process_index() == 0
+
+
+def everyones(value: Any) -> list[Any]:
+    """The value of every process, in their order."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(own.size)).reshape(-1)
+    padded = np.pad(own, (0, int(sizes.max()) - own.size))
+    rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """`action()` on every process; a ConfigError of one is raised on all of them, with the same words."""
+    error, result = None, None
+    try:
+        result = action()
+    except ConfigError as raised:
+        error = raised
+    first = next((e for e in everyones(error and (error.place, error.value, error.wanted)) if e is not None), None)
+    if first is not None:
+        raise ConfigError(*first) from error
+    return result  # type: ignore[return-value]
+
+
+def main_first(action: Callable[[], Result]) -> Result:
+    """`action()` on the main process, then on the others, which find what it left on a disk that they share."""
+    done = together(lambda: action() if is_main() else None)
+    return together(lambda: action() if done is None else done)
