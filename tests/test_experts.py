@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import naive
@@ -24,10 +26,12 @@ def layer(ids_TK, num_experts, seed=0):
     return draw(ids_TK.shape[0], D), draw(*ids_TK.shape), draw(num_experts, D, 2 * F) / 2, draw(num_experts, F, D) / 2
 
 
-def routed(ids_TK, x_TD, weights_TK, gate_up, down):
-    order_R, row_TK = sort_by_expert(ids_TK)
-    sizes_E = jnp.bincount(ids_TK.reshape(-1), length=gate_up.shape[0])
-    return routed_swiglu(x_TD, weights_TK, gate_up, down, order_R, row_TK, sizes_E)
+def routed(ids_TK, x_TD, weights_TK, gate_up, down, **passes):
+    """A choice of -1 is absent."""
+    experts = gate_up.shape[0]
+    order_R, row_TK = sort_by_expert(jnp.where(ids_TK < 0, experts, ids_TK))
+    sizes_E = (ids_TK.reshape(-1)[:, None] == jnp.arange(experts)).sum(0)
+    return routed_swiglu(x_TD, weights_TK, gate_up, down, order_R, row_TK, sizes_E, **passes)
 
 
 def every_expert_for_every_token(ids_TK, x_TD, weights_TK, gate_up, down):
@@ -38,18 +42,20 @@ def every_expert_for_every_token(ids_TK, x_TD, weights_TK, gate_up, down):
     return jnp.einsum("ted,te->td", y_TED, weights_TE)
 
 
-def assert_equal_to_naive(ids_TK, num_experts):
+def assert_equal_to_naive(ids_TK, num_experts, **passes):
     arrays = layer(ids_TK, num_experts)
-    got = jax.jit(routed)(ids_TK, *arrays)
+    function = functools.partial(routed, **passes)
+    got = jax.jit(function)(ids_TK, *arrays)
     x, weights, gate_up, down = (np.asarray(a, np.float64) for a in arrays)
     gate, up = np.split(gate_up, 2, axis=-1)
-    want = naive.experts(x, np.asarray(ids_TK), weights, *(w.swapaxes(1, 2) for w in (gate, up, down)))
+    present = np.where(ids_TK < 0, 0, weights)
+    want = naive.experts(x, np.asarray(ids_TK), present, *(w.swapaxes(1, 2) for w in (gate, up, down)))
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * max(1, np.abs(want).max()))
 
     dy = jnp.asarray(np.random.default_rng(1).normal(size=want.shape), jnp.float32)
     pull = lambda f: jax.jit(jax.grad(lambda a: (f(ids_TK, *a) * dy).sum()))(arrays)  # noqa: E731
     names = ("tokens", "weights", "gate and up", "down")
-    for name, g, w in zip(names, pull(routed), pull(every_expert_for_every_token), strict=True):
+    for name, g, w in zip(names, pull(function), pull(every_expert_for_every_token), strict=True):
         bound = 4e-6 * max(1, float(jnp.abs(w).max()))
         np.testing.assert_allclose(g, w, rtol=0, atol=bound, err_msg=name)
 
@@ -63,6 +69,28 @@ def test_routed_experts_match_naive(routing):
 
 def test_routed_experts_match_naive_when_all_tokens_go_to_one_expert():
     assert_equal_to_naive(jnp.full((130, 1), 3, jnp.int32), 6)
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["first pass kept", "nothing kept"])
+@pytest.mark.parametrize("max_rows", [1, 16, 25, 150], ids=["row by row", "few rows", "just enough rows", "all rows"])
+def test_passes_of_few_rows_match_naive(max_rows, keep):
+    """Of 50 tokens' 150 choices 25 are present, a token's first being present or not."""
+    rng = np.random.default_rng(3)
+    ids = np.argsort(rng.random((50, 4)), axis=1)[:, :3]
+    ids[rng.permuted(np.arange(150) >= 25).reshape(50, 3)] = -1
+    assert_equal_to_naive(jnp.asarray(ids, jnp.int32), 4, max_rows=max_rows, keep=keep)
+
+
+@pytest.mark.parametrize("ids", [np.full((9, 2), -1), np.full((9, 1), 2)], ids=["no choice present", "one expert only"])
+def test_passes_match_naive_at_the_extremes(ids):
+    assert_equal_to_naive(jnp.asarray(ids, jnp.int32), 3, max_rows=4)
+
+
+def test_no_product_has_more_rows_than_a_pass():
+    ids, arrays = jnp.zeros((600, 2), jnp.int32), layer(jnp.zeros((600, 2)), 2)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda a: routed(ids, *a, max_rows=40).sum()))(arrays)
+    products = [e.invars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) > 6 and all(shape[0] <= 40 for shape in products)
 
 
 @settings(max_examples=15, deadline=None)

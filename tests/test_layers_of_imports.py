@@ -5,8 +5,8 @@ import moejax
 
 ROOT = Path(moejax.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("config", "mesh"), 0),
-    **dict.fromkeys(("config_source", "kernels", "ops"), 1),
+    "config": 0,
+    **dict.fromkeys(("config_source", "mesh", "kernels", "ops"), 1),
     **dict.fromkeys(("model", "data", "checkpoint"), 2),
     "pipeline": 3,
     **dict.fromkeys(("serve", "train", "report"), 4),  # these may import each other: a run draws and samples

@@ -11,7 +11,8 @@ import pytest
 def test_tiny_config_learns_and_balances(tmp_path):
     """60 of the steps of `make train`, as a user runs it."""
     root = Path(__file__).parent.parent
-    environment = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    of_tests = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in of_tests}
     command = [
         sys.executable,
         "-m",

@@ -15,7 +15,10 @@ from moejax.model.prefetch import scan_gathered
 
 # With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
 # (arXiv:2412.19437, section 3.2.3).
-KEPT = ("q_latent", "kv_latent", "attention_out", "after_attention", "router_logits", "mlp_hidden", "expert_hidden")
+KEPT = (
+    *("q_latent", "kv_latent", "attention_out", "after_attention", "router_logits", "mlp_hidden", "expert_hidden"),
+    *("dispatched", "dispatched_choices", "exchange_rounds"),  # came from other devices
+)
 
 
 class Block(nnx.Module):

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, matrix
 from moejax.model.shards import BESIDE_EXPERTS, SHARDS
-from moejax.ops.experts import routed_swiglu, sort_by_expert
+from moejax.ops.hops import plan_exchange
+from moejax.ops.rounds import exchanged_swiglu
 from moejax.ops.routing import balance_loss, expert_counts, route
 
 
@@ -30,6 +31,7 @@ class BlockStats:
 
     counts: Array  # int32 [E]: tokens sent to each expert; they sum to T * K
     balance_loss: Array  # float32 []: weighted; the mean over the sequences
+    rounds: Array  # int32 []: of the exchange that brought each token to all of its experts; 1 if its slots sufficed
 
 
 class MoE(nnx.Module):
@@ -52,9 +54,12 @@ class MoE(nnx.Module):
         bias_E = None if self.router_bias is None else self.router_bias[...]
         ids_TK, weights_TK, scores_TE = route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
+        mesh = self.mesh
+        exchange = plan_exchange(self.cfg, len(x_TD), mesh.expert, mesh.expert_nodes, mesh.exchange_slack)
         experts = self.gate_up_EDG[...], self.down_EFD[...]
-        y_TD = routed_swiglu(x_TD, weights_TK, *experts, *sort_by_expert(ids_TK), counts_E)
+        y_TD, rounds = exchanged_swiglu(x_TD, weights_TK, ids_TK, *experts, exchange)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
-        stats = BlockStats(counts_E, balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg))
+        balance = balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg)
+        stats = BlockStats(counts_E, balance, rounds.max(initial=1))
         return y_TD.reshape(x_BSD.shape), stats

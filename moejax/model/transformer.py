@@ -31,6 +31,7 @@ class Losses:
     mtp: Array  # float32 []: the same of the MTP modules, averaged over the depths
     balance: Array  # float32 []: weighted balance losses: sum over layers, mean over sequences
     counts: Array  # int32 [L, E]: tokens per expert
+    rounds: Array  # int32 []: rounds of the expert exchange, summed over the layers
 
 
 class Transformer(nnx.Module):
@@ -121,6 +122,7 @@ class Transformer(nnx.Module):
             mtp=mtp / max(self.cfg.mtp.depth, 1),
             balance=sum((s.balance_loss.sum() for s in stats), jnp.zeros_like(main)),
             counts=jnp.concatenate([s.counts for s in stats]) if stats else jnp.zeros((0, 1), jnp.int32),
+            rounds=sum((s.rounds.sum() for s in stats), jnp.zeros((), jnp.int32)),
         )
 
     def _summed_loss(self, x_BSD: Array, targets_BS: Array, mask_BS: Array) -> Float[Array, ""]:

@@ -82,7 +82,8 @@ def train(config: RunConfig, console: Console | None = None, devices: Sequence[j
         state, position = together(lambda: _start(config, mesh, data, checkpoints))
         plans = list(plan_steps(config, position.step, position.tokens))
         total_steps = position.step + len(plans)
-        log = stack.enter_context(_open_log(asked, total_steps, position.step, console))
+        log = _open_log(asked, total_steps, position.step, console)
+        stack.enter_context(log)
         run = _Run(config, mesh, data, checkpoints, log, state, position)
         run.announce(total_steps)
         stop = stack.enter_context(StopSignal())
@@ -253,6 +254,7 @@ class _Run:
             "mfu": speed * self.flops_per_token / self.peak,
             "max_violation": (_relative_load(metrics.counts).max(-1) - 1).tolist(),
             "dead_experts": int((metrics.counts == 0).sum()),
+            "exchange_rounds": float(metrics.exchange_rounds),
             "data_wait": waited,
             "step_time": step_time,
             "memory_bytes": peak_memory_bytes(),

@@ -58,6 +58,7 @@ METRICS = {
         "", "per MoE layer, those of MTP modules last: (tokens of the fullest expert - mean) / mean"
     ),
     "dead_experts": Metric("experts", "without a token in this step, all MoE layers together"),
+    "exchange_rounds": Metric("", "rounds of the expert exchange, mean of the layers; 1: slots sufficed"),
     "data_wait": Metric("s", "time the step waited for its batch"),
     "step_time": Metric("s", "of this step, the wait included"),
     "memory_bytes": Metric("bytes", "peak of the fullest device so far; on CPU of the process"),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
@@ -60,9 +60,9 @@ def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
         return jax.jit(lambda: _first_state(config), out_shardings=shardings, compiler_options=options)()
 
 
-def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of `new_state`, without making it."""
-    with jax.set_mesh(mesh):
+def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Shapes, dtypes and shardings of `new_state`, without making it; the devices need not exist."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(lambda: _first_state(config))
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -48,6 +48,7 @@ class Metrics:
     balance_loss: Array  # float32 []: weighted
     grad_norm: Array  # float32 []: before clipping
     counts: Array  # int32 [L, E]: tokens per MoE layer (main, then MTP) and expert
+    exchange_rounds: Array  # float32 []: of the expert exchange, the mean over layers and micro-batches
     finite: Array  # bool []: whether the step was applied
 
 
@@ -84,14 +85,17 @@ def make_train_step(
                 mtp=losses.mtp / predicted,
                 balance=losses.balance / (num_micro * shards),
                 counts=losses.counts,
+                rounds=losses.rounds,
             )
             return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
 
         grads, losses = _accumulate(objective, weights, batch, num_micro)
-        return _apply(state, reduce(grads, config.mesh), jax.lax.psum(losses, BATCH_AXES), settings)
+        losses = jax.lax.psum(losses, BATCH_AXES)
+        rounds = losses.rounds / max(len(losses.counts) * num_micro * shards, 1)
+        return _apply(state, reduce(grads, config.mesh), losses, rounds, settings)
 
     def _apply(
-        state: TrainState, grads: nnx.State, losses: Losses, settings: StepSettings
+        state: TrainState, grads: nnx.State, losses: Losses, rounds: Array, settings: StepSettings
     ) -> tuple[TrainState, Metrics]:
         grads, norm = clip(grads, config.optimizer.clip_norm)
         finite = (
@@ -107,7 +111,7 @@ def make_train_step(
             ema=_averaged(state.ema, params, config.optimizer.ema_decay),
         )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, losses.counts, finite)
+        return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, losses.counts, rounds, finite)
 
     specs = state_specs(config, mesh)
     inputs, outputs = (specs, P(BATCH_AXES), P()), (specs, P())

@@ -1,0 +1,90 @@
+"""Meshes: which can be made, and the one line for each that cannot."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from moejax.config import ConfigError, MeshConfig
+from moejax.mesh import AXES, batch_part, make_mesh, resolve, simulate
+
+
+@pytest.fixture
+def resolved(run_config, change):
+    """`resolved(devices, expert=4, ...)`: the mesh of a run that these settings ask for."""
+
+    def made(devices, batch_size=8, **lengths):
+        config = change(run_config, "data.batch_size", batch_size)
+        return resolve(dataclasses.replace(config, mesh=MeshConfig(**lengths)), devices).mesh
+
+    return made
+
+
+def lengths(mesh):
+    return tuple(getattr(mesh, axis) for axis in AXES)
+
+
+def test_one_length_is_whatever_is_left(resolved):
+    assert lengths(resolved(8)) == (1, 1, 8, 1)
+    assert lengths(resolved(8, expert=4)) == (1, 1, 2, 4)
+    assert lengths(resolved(8, data=2, expert=-1)) == (1, 1, 2, 4)
+    assert lengths(resolved(8, replica=-1, data=1, expert=2)) == (1, 4, 1, 2)
+    assert lengths(resolved(1)) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "line"),
+    [
+        (8, {"data": 4, "expert": 4}, r"mesh=16: wanted .*mesh.data=4 x mesh.expert=4 to be the 8 devices there are"),
+        (8, {"expert": 3}, r"mesh.data=-1: wanted the other lengths to divide the 8 devices: .*mesh.expert=3"),
+        (4, {"data": 1, "expert": 16}, r"mesh=16: wanted .* to be the 4 devices"),
+        (16, {"data": 1, "expert": 16, "batch_size": 16}, r"num_experts=8: wanted a multiple of mesh.expert=16"),
+        (8, {"batch_size": 12}, r"data.batch_size=12: wanted a multiple of 8, mesh.replica=1 x mesh.data=8"),
+        (16, {"data": 16}, r"model.vocab_size=264: wanted a multiple of the 16 shards .*hsdp leaves"),
+        (2, {"pipe": 2, "data": 1}, r"mesh.pipe=2: wanted 1"),
+    ],
+    ids=[
+        "too few devices",
+        "not a divisor",
+        "far too few",
+        "experts",
+        "batch",
+        "a dim of the model",
+        "pipe",
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(resolved, devices, asked, line):
+    with pytest.raises(ConfigError, match=line) as error:
+        resolved(devices, **asked)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "line"),
+    [
+        ({"data": 0}, r"mesh.data=0: wanted a number above 0, or -1"),
+        ({"data": -1, "expert": -1}, r"mesh.expert=-1: wanted -1 once, not also for \['data'\]"),
+        ({"expert": 4, "expert_nodes": 3}, r"mesh.expert_nodes=3: wanted a divisor of mesh.expert=4"),
+        ({"exchange_slack": 0.0}, r"mesh.exchange_slack=0.0: wanted a number above 0"),
+    ],
+    ids=["zero", "-1 twice", "nodes", "slack"],
+)
+def test_a_mesh_that_cannot_be_is_one_line(asked, line):
+    with pytest.raises(ConfigError, match=line):
+        MeshConfig(**asked)
+
+
+def test_hsdp_asks_less_of_the_model_than_fsdp(resolved):
+    assert resolved(16, batch_size=16, replica=2, data=8, sharding="hsdp").state_shards == 8
+    with pytest.raises(ConfigError, match=r"shards of mesh.replica=2 x mesh.data=8"):
+        resolved(16, batch_size=16, replica=2, data=8, sharding="fsdp")
+
+
+def test_one_process_holds_the_whole_batch():
+    assert batch_part(make_mesh(MeshConfig(data=2, expert=4))) == (0, 1)
+
+
+def test_simulate_after_jax_has_started_is_one_line():
+    simulate(len(jax.devices()))  # what there is already
+    with pytest.raises(ConfigError, match=r"simulate=3: wanted to be set before JAX starts; it has 8 cpu devices"):
+        simulate(3)
