@@ -19,6 +19,7 @@ from moejax.model.block import KEPT
 from moejax.ops.exchange import assign_slots, find_visits
 from moejax.ops.hops import Exchange, Hop, plan_exchange, visit_probability
 from moejax.ops.rounds import exchanged_swiglu
+from moejax.plan.collectives import collectives
 
 T, D, F, E, K = 16, 8, 4, 32, 3  # T tokens per device
 ROWS, SHARES = P(BATCH_AXES), P("expert")
@@ -285,76 +286,12 @@ def test_balanced_routing_takes_one_round_with_the_default_slack():
 # ------------------------------------------------------------------------------------------------- the compiled program
 
 
-def computations(hlo):
-    """The lines of each computation of a compiled program, by name."""
-    found, lines = {}, []
-    for line in hlo.splitlines():
-        if line.endswith("{") and "(" in line and "=" not in line.split("(")[0]:
-            name = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-            lines = found.setdefault(name, [])
-        lines.append(line)
-    return found
-
-
-def lines_in_loops(hlo):
-    """The lines of all computations that a `while` calls, directly or not."""
-    parts = computations(hlo)
-    called = {n: set(re.findall(r"%([\w.\-]+)", " ".join(lines))) & parts.keys() for n, lines in parts.items()}
-    reached, bodies = set(), set(re.findall(r"(?:body|condition)=%([\w.\-]+)", hlo))
-    while bodies:
-        name = bodies.pop()
-        reached.add(name)
-        bodies |= called[name] - reached
-    return [line for name in reached for line in parts[name]]
-
-
-def bytes_between_nodes(hlo, node_of_device):
-    """Bytes that the all-to-alls of a compiled program carry from node to node, those in loops left out."""
-    total, in_loops = 0, set(lines_in_loops(hlo))
-    for line in hlo.splitlines():
-        match = re.search(r"= (.*?) all-to-all(?:-start)?\((.*)", line)
-        if match and line not in in_loops:
-            groups = replica_groups(match[2])
-            received = sum(
-                np.prod([int(n) for n in dims.split(",")]) * int(bits) // 8
-                for bits, dims in re.findall(r"[a-z]+(\d+)\[([\d,]+)\]", match[1])
-            )
-            pairs = sum(node_of_device[a] != node_of_device[b] for g in groups for a in g for b in g)
-            total += received // len(groups[0]) * pairs
-    return total
-
-
-def replica_groups(text):
-    """The groups of a collective: written out, a range reshaped and transposed, or all along named axes of a mesh."""
-    numbers = lambda text: [int(n) for n in re.findall(r"\d+", text)]  # noqa: E731
-    text = text.split("replica_groups=")[1]
-    if text.startswith("{"):
-        return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", text.split("}}")[0] + "}")]
-    if text.startswith("mesh"):
-        mesh, along = re.match(r"mesh\[(.*?)\] *\{(.*?)\}", text).groups()
-        names, sizes = re.findall(r"'(\w+)'=", mesh), numbers(re.sub(r"'\w+'", "", mesh))
-        order = sorted(range(len(names)), key=lambda i: f"'{names[i]}'" in along)
-        length = math.prod(size for name, size in zip(names, sizes, strict=True) if f"'{name}'" in along)
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, length).tolist()
-    shape, sizes, order = re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    devices = np.arange(math.prod(numbers(sizes))).reshape(numbers(sizes))
-    return devices.transpose(numbers(order) if order else None).reshape(numbers(shape)).tolist()
-
-
 def lowered(layout, kept=None):
     """The program of a layout of 8 devices, with gradients, before it is compiled."""
     mesh, exchange, function = program(layout)
     if kept is not None:
         function = with_gradients(mesh, exchange, kept)
     return function.lower(*place(mesh, routed("balanced", 8), layer(8 * T, K, jnp.float32)))
-
-
-def test_replica_groups_are_read_in_all_forms():
-    assert replica_groups("replica_groups={{0,2},{1,3}}, metadata={}") == [[0, 2], [1, 3]]
-    assert replica_groups("replica_groups=[2,2]<=[4], metadata={}") == [[0, 1], [2, 3]]
-    assert replica_groups("replica_groups=[2,2]<=[2,2]T(1,0), metadata={}") == [[0, 2], [1, 3]]
-    assert replica_groups("replica_groups=mesh['data'=2,'expert'=2] {'expert'}, metadata={}") == [[0, 1], [2, 3]]
-    assert replica_groups("replica_groups=mesh['data'=2,'expert'=2] {'data'}, metadata={}") == [[0, 2], [1, 3]]
 
 
 def test_two_hops_carry_fewer_bytes_between_nodes():
@@ -367,7 +304,8 @@ def test_two_hops_carry_fewer_bytes_between_nodes():
         call = lambda ids, x, w, *experts: exchanged_swiglu(x, w, ids, *experts, exchange)[0]  # noqa: E731
         function = jax.jit(jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=ROWS))
         arguments = place(mesh, routed("balanced", 8), layer(8 * T, K, jnp.float32))[:5]
-        return bytes_between_nodes(function.lower(*arguments).compile().as_text(), np.arange(8) // 4)
+        found = collectives(function.lower(*arguments).compile().as_text())
+        return sum(c.bytes_between(np.arange(8) // 4) for c in found if c.kind == "all-to-all" and not c.looped)
 
     row = 4 * (2 * D + 2 * K)  # there and back; the choices' numbers and weights
     assert carried(flat) == 8 * 4 * flat.hops[0].slots * row
@@ -377,17 +315,15 @@ def test_two_hops_carry_fewer_bytes_between_nodes():
 
 @pytest.mark.parametrize("layout", ["8 devices", "2 nodes of 4"])
 def test_no_reduction_over_devices_in_a_loop(layout):
-    text = lowered(layout).compile().as_text()
-    looped = lines_in_loops(text)
-    assert any(" all-to-all(" in line for line in looped)
-    assert not [line for line in looped if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line)]
-    assert " all-reduce(" in text  # of the experts' gradients over the data axis, after everything
+    found = collectives(lowered(layout).compile().as_text())
+    assert {c.kind for c in found if c.looped} <= {"all-to-all", "all-gather"}
+    assert any(c.kind == "all-to-all" for c in found if c.looped)
+    assert any(c.kind == "all-reduce" for c in found)  # of the experts' gradients over the data axis, after everything
 
 
 def test_enough_slots_need_no_loop_with_communication():
-    text = lowered("2 nodes of 4, room for all").compile().as_text()
-    assert not [line for line in lines_in_loops(text) if re.search(r" (all-to-all|all-gather)\(", line)]
-    assert " all-gather(" not in text
+    found = collectives(lowered("2 nodes of 4, room for all").compile().as_text())
+    assert not [c for c in found if c.looped] and {c.kind for c in found} == {"all-to-all", "all-reduce"}
 
 
 @pytest.mark.parametrize("layout", ["8 devices", "2 nodes of 4, room for all"])
