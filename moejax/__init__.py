@@ -64,7 +64,11 @@ importlib.import_module("moejax.train")
 
 
 def train(config: RunConfig, **options: Any) -> "RunResult":
-    """Trains as `config` says and returns what came of it; options and errors are `moejax.train.loop.train`'s."""
+    """Trains as `config` says and returns what came of it; options and errors are `moejax.train.loop.train`'s.
+
+    It simulates the devices and joins the processes that `config` asks for first.
+    """
+    config = importlib.import_module("moejax.launch.join").join(config)
     return importlib.import_module("moejax.train.loop").train(config, **options)
 
 

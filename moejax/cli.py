@@ -1,6 +1,7 @@
 """The command line: `moejax COMMAND ...`, also `python -m moejax COMMAND ...`.
 
     moejax train CONFIG [--any.field value ...]      train; CONFIG is a Python file, a config.json or a run folder
+    moejax show CONFIG [--any.field value ...]       every array of the training state, and where it lies on the mesh
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax COMMAND --help                            all options
@@ -11,19 +12,37 @@ Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, 
 
 import argparse
 import errno
+import json
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from rich.console import Console
+
 from moejax.config import ConfigError, DataConfig, RunConfig
 from moejax.config_source import USAGE, load_config, override
+from moejax.launch.join import is_joined, join, leave
+from moejax.launch.local import is_launcher, run_processes
 
-DONE, USER, HARDWARE, NON_FINITE, INTERRUPTED = 0, 2, 3, 10, 130
+DONE, BUG, USER, HARDWARE, NON_FINITE, INTERRUPTED = 0, 1, 2, 3, 10, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `arguments`: those of the process when None."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _answer(list(sys.argv[1:] if arguments is None else arguments))
+    except Exception:
+        if not is_joined():
+            raise
+        traceback.print_exc()
+        code = BUG
+    if code != DONE:
+        leave(code)
+    return code
+
+
+def _answer(words: list[str]) -> int:
     try:
         return _run(words)
     except ConfigError as error:
@@ -41,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    commands = {"train": _train, "generate": _generate, "train-tokenizer": _train_tokenizer}
+    commands = {"train": _train, "show": _show, "generate": _generate, "train-tokenizer": _train_tokenizer}
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return DONE if words else USER
@@ -64,6 +83,9 @@ def _train(words: list[str]) -> int:
             override(RunConfig(steps=1), ["--help"])
         raise ConfigError("CONFIG", words[0] if words else "", f"a config first: {USAGE} [--any.field value ...]")
     config = load_config(words[0], words[1:])
+    if is_launcher(config):
+        return run_processes([sys.executable, "-m", "moejax", "train", *words], config)
+    config = join(config)
     from moejax.train.guard import NonFiniteError
     from moejax.train.loop import train
 
@@ -71,6 +93,21 @@ def _train(words: list[str]) -> int:
         train(config)
     except NonFiniteError as error:
         return _fail(str(error), NON_FINITE)
+    return DONE
+
+
+def _show(words: list[str]) -> int:
+    as_lines = [word for word in words if word != "--json"]
+    if not as_lines or as_lines[0].startswith("-"):
+        raise ConfigError("CONFIG", as_lines[0] if as_lines else "", "a config first: moejax show CONFIG [--json]")
+    config = load_config(as_lines[0], as_lines[1:])
+    from moejax.plan.arrays import as_json, as_table, state_arrays
+
+    rows = state_arrays(config, config.simulate)
+    if "--json" in words:
+        print(json.dumps(as_json(rows), indent=2))
+    else:
+        Console(width=150).print(as_table(rows))
     return DONE
 
 

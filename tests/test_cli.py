@@ -203,7 +203,7 @@ def test_bug_keeps_its_traceback(trained):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "COMMAND='trian': wanted one of train, generate, train-tokenizer"),
+        (["trian"], "COMMAND='trian': wanted one of train, show, generate, train-tokenizer"),
         (["train"], "CONFIG='': wanted a config first"),
         (["train", "--steps", "3"], "CONFIG='--steps': wanted a config first"),
         (["generate"], "the following arguments are required: RUN"),
