@@ -8,6 +8,7 @@ expert   shards of the routed experts, of the rest of the training state, and of
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 
 import jax
@@ -16,15 +17,20 @@ from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, RunC
 
 AXES = ("pipe", "replica", "data", "expert")
 BATCH_AXES = ("replica", "data", "expert")  # rows of a batch are sharded over these
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
 
 
 def simulate(devices: int) -> None:
     """Gives this process `devices` simulated CPU devices. It must come before anything that starts JAX.
 
+    They share the machine's cores. XLA ends a program in which one waits 40 s for another; here they wait longer.
+
     Raises:
         ConfigError: JAX has started with other devices.
     """
     try:
+        if _PATIENCE not in os.environ.get("XLA_FLAGS", ""):
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PATIENCE}=1200".strip()
         jax.config.update("jax_num_cpu_devices", devices)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:

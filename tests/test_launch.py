@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import numpy as np
 import psutil
 import pytest
 import yaml
@@ -477,26 +476,3 @@ def test_jobset_says_the_same_everywhere():
     config = moejax.load_config(ROOT / words[2], words[3:])
     assert find_place(config.launch, variables) == Place(coordinator=f"{pod}:55527", processes=4, process=0)
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
-
-
-@pytest.mark.slow
-def test_training_in_two_processes_stops_resumes_and_equals_one(run_config, change, tmp_path):
-    config = replace(run_config, simulate=2, steps=30)
-    whole = moejax.train(
-        change(replace(config, simulate=None), "out", str(tmp_path / "whole")), devices=jax.devices()[:2]
-    )
-    (tmp_path / "config.json").write_text(config.to_json())
-    first = subprocess.Popen(moejax_command("train", tmp_path / "config.json", "--launch.processes", 2))
-    metrics = Path(config.folder) / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert first.poll() is None
-        time.sleep(0.1)
-    first.terminate()
-    assert first.wait(timeout=300) == 0
-    assert json.loads((Path(config.folder) / "summary.json").read_text())["ended"] == "stopped"
-    subprocess.run(moejax_command("train", config.folder), check=True)  # with as many processes as before
-    losses = [
-        [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        for folder in (config.folder, whole.folder)
-    ]
-    np.testing.assert_allclose(*losses, rtol=30 * 2**-23, atol=0)  # float32; sums of two in either order

@@ -89,7 +89,7 @@ def _groups(text: str) -> tuple[tuple[int, ...], ...]:
         rows = np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, length)
     else:
         pattern = r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-        shape, dims, order = re.match(pattern, text).groups()  # type: ignore[union-attr]
+        shape, dims, transposed = re.match(pattern, text).groups()  # type: ignore[union-attr]
         devices = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-        rows = devices.transpose(_numbers(order) if order else None).reshape(_numbers(shape))
+        rows = devices.transpose(_numbers(transposed) if transposed else None).reshape(_numbers(shape))
     return tuple(tuple(row) for row in rows.tolist())

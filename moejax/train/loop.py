@@ -134,7 +134,7 @@ def _start(config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints) 
     """The state and position to go on from."""
     step = checkpoints.latest
     if step is not None:  # 1. the newest checkpoint of this run folder
-        parts, meta = checkpoints.load(step, _parts(abstract_state(config, mesh)))
+        parts, meta = checkpoints.load(step, checkpoint_parts(abstract_state(config, mesh)))
         position = Position(**meta)
         assert position.data is not None  # saved by `_Run._save`
         data.train.restore(position.data)
@@ -142,7 +142,7 @@ def _start(config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints) 
     return new_state(config, mesh), Position()  # 2. parameters drawn from the seed
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def checkpoint_parts(state: TrainState) -> dict[str, Any]:
     """The state as a checkpoint has it: what a reader of the model needs, and the rest."""
     return {
         "model": {"params": state.params, "router_bias": state.router_bias},
@@ -185,7 +185,8 @@ class _Run:
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; peak {self.peak / 1e12:.3g} TFLOP/s"
         )
         if lengths:
-            logger.info(f"mesh: {lengths}, {config.mesh.sharding}; {jax.process_count()} processes")
+            processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+            logger.info(f"mesh: {lengths}{processes}; {config.mesh.sharding}")
         text = f"{data.num_train_tokens:,} training tokens, {data.num_valid_tokens:,} for validation"
         if data.unigram_loss is not None:
             text += f", where knowing only how often each token occurs gives a loss of {data.unigram_loss:.4f}"
@@ -305,7 +306,7 @@ class _Run:
         position = self.position
         data = merge_states(everyones(position.data))
         meta = {"step": position.step, "tokens": position.tokens, "data": data}
-        self.checkpoints.save(position.step, _parts(self.state), meta)
+        self.checkpoints.save(position.step, checkpoint_parts(self.state), meta)
         self.log.event("checkpoint", step=position.step)
 
     def _finish(self, ended: Literal["finished", "stopped"], metrics: Metrics | None) -> RunResult:
