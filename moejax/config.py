@@ -261,7 +261,9 @@ class MeshConfig:
     # zero1: the training state lies in shards over replica x data x expert, weights are gathered once per step; fsdp:
     # the same shards, gathered layer by layer; hsdp: as fsdp, in shards over data x expert
     sharding: Literal["zero1", "fsdp", "hsdp"] = "zero1"
-    gradient_dtype: Literal["fp32", "bf16"] = "fp32"  # in which gradients travel between devices
+    gradient_dtype: Literal["fp32", "bf16"] = (
+        "fp32"  # in which gradients travel between devices; the head's always in fp32
+    )
     exchange_slack: float = 1.25  # slots of the expert exchange, relative to what balanced routing needs
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ whose gradient is 0 would otherwise have a random sign.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -191,6 +192,14 @@ def test_expert_weights_stay_with_their_experts(config):
     assert not [c for c in gathers if 8 in c.dims[0][:-2]]
     alone = collectives(compiled_step(config, MeshConfig(data=1, expert=8)).as_text())
     assert not [c for c in alone if c.kind == "all-gather" and len(c.dims[0]) == 4]
+
+
+def test_embedding_head_and_logits_are_never_whole(config):
+    """Of arrays with a dim of the vocabulary, 264, there are only 4 columns or rows: one of 8 devices' share."""
+    text = compiled_step(config, MeshConfig(data=2, expert=4)).as_text()
+    shapes = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    assert (264, 4) in shapes and (32, 33) in shapes  # the embedding's columns and the head's
+    assert all(np.prod(shape) <= 264 * 4 for shape in shapes if 264 in shape)
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)

@@ -88,7 +88,8 @@ def as_table(rows: list[ArrayRow]) -> Table:
         for row in own:
             shape = " x ".join(map(str, row.shape))
             table.add_row(f"{part} {row.name}", shape, row.dtype, row.spec, _mb(row.bytes), _mb(row.bytes_per_device))
-        table.add_row(f"[bold]{part}, all", "", "", "", *_sums(own), end_section=True)
+        if len(own) > 1:
+            table.add_row(f"[bold]{part}, all", "", "", "", *_sums(own))
     table.add_row("[bold]training state", "", "", "", *_sums(rows))
     return table
 
