@@ -26,6 +26,7 @@ from moejax.config import (
     YarnConfig,
 )
 from moejax.config_source import load_config
+from moejax.pipeline import schedule
 
 if TYPE_CHECKING:
     from moejax.mesh import simulate
@@ -53,6 +54,7 @@ __all__ = [
     "YarnConfig",
     "load",
     "load_config",
+    "schedule",
     "simulate",
     "train",
 ]

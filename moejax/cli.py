@@ -4,6 +4,7 @@
     moejax show CONFIG [--any.field value ...]       every array of the training state, and where it lies on the mesh
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
+    moejax schedule NAME [--stages N ...]            a pipeline schedule as text and picture, and what it costs
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
@@ -60,7 +61,13 @@ def _answer(words: list[str]) -> int:
 
 
 def _run(words: list[str]) -> int:
-    commands = {"train": _train, "show": _show, "generate": _generate, "train-tokenizer": _train_tokenizer}
+    commands = {
+        "train": _train,
+        "show": _show,
+        "generate": _generate,
+        "train-tokenizer": _train_tokenizer,
+        "schedule": _schedule,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return DONE if words else USER
@@ -146,6 +153,40 @@ def _train_tokenizer(words: list[str]) -> int:
     reading = DataConfig(text_field=options.text_field, bad_line=options.bad_line)
     tokens = train_tokenizer(options.files, options.vocab_size, options.out, reading)
     print(f"{options.out}: {tokens} tokens")
+    return DONE
+
+
+def _schedule(words: list[str]) -> int:
+    parser = _Parser(
+        "schedule", "Draws a pipeline schedule and says what it costs. Defaults: the V3 report's Figure 5."
+    )
+    parser.add_argument("name", metavar="NAME", help="gpipe, one_f_one_b, zb1p, dualpipe or dualpipe_v")
+    parser.add_argument("--stages", type=int, default=8, help="parts of the model; dualpipe_v has two on a rank")
+    parser.add_argument("--microbatches", type=int, default=20, help="of a step, both directions together")
+    parser.add_argument("--max-deferred-w", type=int, help="weight gradients that a rank puts off at most")
+    times = "times of F, I, W, B, FB and send, e.g. F=1 I=1.1 W=0.9 FB=2.5; F, I, W are 1 and B, FB the sum by default"
+    parser.add_argument("--costs", nargs="+", metavar="KIND=TIME", default=[], help=times)
+    parser.add_argument("--png", metavar="FILE", help="picture that is written")
+    parser.add_argument("--json", action="store_true", help="all of it as JSON, every cell with its start and end")
+    options = parser.parse_args(words)
+    from moejax.pipeline.schedule import named
+    from moejax.pipeline.simulate import Costs, simulate
+    from moejax.pipeline.table import build
+    from moejax.report.schedule import as_text, describe, save_schedule
+
+    costs = Costs.parsed(options.costs)
+    program = named(options.name, options.stages, options.microbatches, max_deferred_w=options.max_deferred_w)
+    timeline = simulate(program, costs)
+    facts = describe(build(program), timeline, costs)
+    if options.json:
+        print(json.dumps(facts))
+    else:
+        Console(highlight=False).print(as_text(facts, timeline), soft_wrap=True, end="")
+    if options.png:
+        try:
+            save_schedule(timeline, options.png)
+        except OSError as error:
+            raise ConfigError("--png", options.png, f"a file that can be written ({error.strerror})") from error
     return DONE
 
 

@@ -324,12 +324,25 @@ class LaunchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """How a step is cut into micro-batches."""
+    """How a step is cut into micro-batches, and in which order the stages of `mesh.pipe` work on them."""
 
-    microbatches: int = 1  # of a full batch; their gradients are accumulated before the optimizer's step
+    schedule: Literal["gpipe", "one_f_one_b", "zb1p", "dualpipe", "dualpipe_v"] = "dualpipe"
+    # of a full batch; their gradients are accumulated before the optimizer's step. None: as few as the schedule needs
+    microbatches: int | None = None
+    max_deferred_w: int = 2  # weight gradients that a rank puts off at most; each costs memory
 
     def __post_init__(self) -> None:
         _require_positive(self, "pipeline", "microbatches")
+        _require_at_least_0(self, "pipeline", "max_deferred_w")
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a full batch, once None is resolved."""
+        return self.microbatches or 1
+
+    def least_microbatches(self, pipe: int) -> int:
+        """As few micro-batches as the schedule can do with."""
+        return 1 if pipe == 1 else 2 * pipe if self.schedule in ("dualpipe", "dualpipe_v") else pipe
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -429,7 +442,7 @@ class RunConfig:
             _require(self.simulate % self.launch.processes == 0, "simulate", self.simulate, wanted)
         both = self.steps is None and self.schedule.tokens is None
         _require(not both, "steps", self.steps, "a number, or a number for schedule.tokens")
-        batch, micro, shards = self.data.batch_size, self.pipeline.microbatches, self.data.virtual_shards
+        batch, micro, shards = self.data.batch_size, self.pipeline.num_microbatches, self.data.virtual_shards
         _require(batch % micro == 0, "pipeline.microbatches", micro, f"a divisor of data.batch_size={batch}")
         start, increment = self.schedule.ramp_start, self.schedule.ramp_increment
         if start is not None:

@@ -41,15 +41,17 @@ def simulate(devices: int) -> None:
 
 
 def resolve(config: RunConfig, num_devices: int) -> RunConfig:
-    """`config` with the -1 of its mesh replaced, and everything that must divide checked.
+    """`config` with the -1 of its mesh and its number of micro-batches filled in, and all that must divide checked.
 
     Raises:
         ConfigError: the mesh is not one of `num_devices` devices, or the model or batch does not divide over it.
     """
-    mesh = _filled(config.mesh, num_devices)
-    config = dataclasses.replace(config, mesh=mesh)
+    mesh, pipeline = _filled(config.mesh, num_devices), config.pipeline
+    micro = pipeline.microbatches or pipeline.least_microbatches(mesh.pipe)
+    pipeline = dataclasses.replace(pipeline, microbatches=micro)
+    config = dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
     _require_division(config.model, mesh)
-    batch, micro, shards = config.data.batch_size, config.pipeline.microbatches, mesh.batch_shards
+    batch, shards = config.data.batch_size, mesh.batch_shards
     if batch // micro % shards:
         axes = f"mesh.replica={mesh.replica} x mesh.data={mesh.data} x mesh.expert={mesh.expert}"
         wanted = f"a multiple of {micro * shards}, {axes} for each of pipeline.microbatches={micro}"
@@ -101,8 +103,6 @@ def _filled(cfg: MeshConfig, num_devices: int) -> MeshConfig:
 
 def _require_division(model: ModelConfig, mesh: MeshConfig) -> None:
     """Raises ConfigError where a dim that is sharded does not divide."""
-    if mesh.pipe != 1:
-        raise ConfigError("mesh.pipe", mesh.pipe, "1: layers are not spread over devices yet")
     has_moe = model.num_layers > model.num_dense_layers
     if has_moe and model.moe.num_experts % mesh.expert:
         raise ConfigError("model.moe.num_experts", model.moe.num_experts, f"a multiple of mesh.expert={mesh.expert}")

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
@@ -47,9 +48,17 @@ class Block(nnx.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
 
 
-def stack(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, kind: Literal["dense", "moe"], num_layers: int) -> Block:
-    """A block whose parameters have a leading dim of `num_layers`."""
+def stack(
+    rngs: nnx.Rngs,
+    cfg: ModelConfig,
+    mesh: MeshConfig,
+    kind: Literal["dense", "moe"],
+    num_layers: int,
+    layer_of_slot: tuple[int, ...] | None = None,
+) -> Block:
+    """A block whose parameters have a leading dim of `num_layers`, in the order of `layer_of_slot` if that is given."""
     keys = jax.random.split(rngs.params(), num_layers)
+    keys = keys if layer_of_slot is None else keys[jnp.asarray(layer_of_slot)]
     return jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind))(keys)
 
 

@@ -33,6 +33,16 @@ class Losses:
     counts: Array  # int32 [L, E]: tokens per expert
     rounds: Array  # int32 []: rounds of the expert exchange, summed over the layers
 
+    def with_stats(self, stats: list[BlockStats]) -> "Losses":
+        """These losses and what more MoE layers, which come before, report; the stats have a leading dim of layers."""
+        return Losses(
+            main=self.main,
+            mtp=self.mtp,
+            balance=sum((s.balance_loss.sum() for s in stats), self.balance),
+            counts=jnp.concatenate([*(s.counts for s in stats), self.counts]),
+            rounds=sum((s.rounds.sum() for s in stats), self.rounds),
+        )
+
 
 class Transformer(nnx.Module):
     """DeepSeek-V3's model; V2 and V2-Lite are other values of its config.
@@ -40,11 +50,14 @@ class Transformer(nnx.Module):
     Its methods are called inside `jax.shard_map`, on the weights of `shards.gather_for_step`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
+    def __init__(
+        self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, layer_of_slot: tuple[int, ...] | None = None
+    ):
+        """`layer_of_slot`: the order in which the MoE blocks are stacked; None: their own."""
         dim, std, num_dense, num_moe = cfg.hidden_size, cfg.init_std, cfg.num_dense_layers, cfg.num_moe_layers
         self.embed_VD = matrix(rngs, (cfg.vocab_size, dim), std, P(None, SHARDS), gather="never")
         self.dense_blocks = stack(rngs, cfg, mesh, "dense", num_dense) if num_dense else None
-        self.moe_blocks = stack(rngs, cfg, mesh, "moe", num_moe) if num_moe else None
+        self.moe_blocks = stack(rngs, cfg, mesh, "moe", num_moe, layer_of_slot) if num_moe else None
         self.norm = Norm(dim, cfg.norm_eps)
         self.head_DV = matrix(rngs, (dim, cfg.vocab_size), std, P(None, SHARDS), gather="never")
         self.mtp = stack_modules(rngs, cfg, mesh) if cfg.mtp.depth else None
@@ -59,13 +72,13 @@ class Transformer(nnx.Module):
         self, x_BSD: Float[Array, "B S D"], segment_ids_BS: Int[Array, "B S"] | None
     ) -> tuple[Float[Array, "B S D"], list[BlockStats]]:
         """All main blocks, before the final norm, and the stats of each stack with MoE layers."""
+        x_BSD = self.enter(x_BSD, segment_ids_BS)
+        if self.moe_blocks is None:
+            return x_BSD, []
         positions_BS = jnp.arange(x_BSD.shape[1])[None]
-        all_stats = []
-        for blocks in (self.dense_blocks, self.moe_blocks):
-            if blocks is not None:
-                x_BSD, stats = run_stack(blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)
-                all_stats += [stats] if stats is not None else []
-        return x_BSD, all_stats
+        x_BSD, stats = run_stack(self.moe_blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)
+        assert stats is not None
+        return x_BSD, [stats]
 
     def logits(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike) -> Float[Array, "B S V"]:
         """Float32 scores of every next token, for reading; training uses `losses`."""
@@ -93,17 +106,37 @@ class Transformer(nnx.Module):
         segment_ids_BN: Int[Array, "B N"] | None,
         dtype: DTypeLike,
     ) -> Losses:
-        """Cross entropies of the tokens that `loss_mask` says, under the main model and the MTP modules.
+        """Cross entropies of the tokens that `loss_mask` says, under the main model and the MTP modules."""
+        embedded_BSD = self.embed(tokens_BN[:, :-1], dtype)
+        hidden_BSD, stats = self.hidden(embedded_BSD, _read(segment_ids_BN))
+        return self.leave(hidden_BSD, embedded_BSD, tokens_BN, loss_mask_BN, segment_ids_BN).with_stats(stats)
+
+    def enter(
+        self, embedded_BSD: Float[Array, "B S D"], segment_ids_BS: Int[Array, "B S"] | None
+    ) -> Float[Array, "B S D"]:
+        """What the first MoE block reads: the leading dense blocks' output."""
+        if self.dense_blocks is None:
+            return embedded_BSD
+        positions_BS = jnp.arange(embedded_BSD.shape[1])[None]
+        return run_stack(self.dense_blocks, embedded_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)[0]
+
+    def leave(
+        self,
+        hidden_BSD: Float[Array, "B S D"],
+        embedded_BSD: Float[Array, "B S D"],
+        tokens_BN: Int[Array, "B N"],
+        loss_mask_BN: Bool[Array, "B N"],
+        segment_ids_BN: Int[Array, "B N"] | None,
+    ) -> Losses:
+        """The losses of what the last block gave; balance, counts and rounds are those of the MTP modules alone.
 
         Depth k reads the hidden states of tokens 0..S-1-k and the embeddings of tokens k..S-1 and predicts tokens
         k+1..S, so that every depth keeps the causal chain (section 2.2).
         """
-        embedded_BSD = self.embed(tokens_BN[:, :-1], dtype)
-        segments = None if segment_ids_BN is None else segment_ids_BN[:, :-1]
-        hidden_BSD, stats = self.hidden(embedded_BSD, segments)
+        segments, dtype = _read(segment_ids_BN), hidden_BSD.dtype
         normed_BSD = self._final_norm(hidden_BSD)
         main = self._summed_loss(normed_BSD, tokens_BN[:, 1:], loss_mask_BN[:, 1:])
-        mtp = jnp.zeros_like(main)
+        mtp, stats = jnp.zeros_like(main), []
         hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
         for depth in range(1, self.cfg.mtp.depth + 1):
             module = gather_for_use(module_at(self.mtp, depth - 1), self.mesh, dtype)
@@ -117,16 +150,22 @@ class Transformer(nnx.Module):
                 mask = mask & (segment_ids_BN[:, depth + 1 :] == own_segments)
             mtp += self._summed_loss(module.norm(hidden_BSD), tokens_BN[:, depth + 1 :], mask)
             stats += [] if block_stats is None else [jax.tree.map(lambda s: s[None], block_stats)]
-        return Losses(
+        nothing = Losses(
             main=main,
             mtp=mtp / max(self.cfg.mtp.depth, 1),
-            balance=sum((s.balance_loss.sum() for s in stats), jnp.zeros_like(main)),
-            counts=jnp.concatenate([s.counts for s in stats]) if stats else jnp.zeros((0, 1), jnp.int32),
-            rounds=sum((s.rounds.sum() for s in stats), jnp.zeros((), jnp.int32)),
+            balance=jnp.zeros_like(main),
+            counts=jnp.zeros((0, self.cfg.moe.num_experts), jnp.int32),
+            rounds=jnp.zeros((), jnp.int32),
         )
+        return nothing.with_stats(stats)
 
     def _summed_loss(self, x_BSD: Array, targets_BS: Array, mask_BS: Array) -> Float[Array, ""]:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         targets_T, axes = targets_BS.reshape(-1), self.mesh.gather_axes
         loss_T = cross_entropy(x_TD, self.head_DV[...], targets_T, self.cfg.loss_chunk, axes)
         return jnp.where(mask_BS.reshape(-1), loss_T, 0).sum()
+
+
+def _read(segment_ids_BN: Array | None) -> Array | None:
+    """The segments of the tokens that the model reads: all but the last."""
+    return None if segment_ids_BN is None else segment_ids_BN[:, :-1]

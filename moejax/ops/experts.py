@@ -34,6 +34,7 @@ _LARGE, _SMALL = 256, 64  # rows of a product inside a group, and at its end
 def sort_by_expert(ids_TK: Int[Array, "T K"]) -> tuple[Int[Array, "R"], Int[Array, "T K"]]:
     """The order that sorts the T * K choices by expert (stable), and the row where each choice lands."""
     order_R = jnp.argsort(ids_TK.reshape(-1), stable=True).astype(jnp.int32)
+    order_R = vary_like(order_R, ids_TK)  # jax 0.10 marks what argsort returns as equal on all devices
     row_TK = jnp.zeros_like(order_R).at[order_R].set(jnp.arange(order_R.size, dtype=jnp.int32), unique_indices=True)
     return order_R, row_TK.reshape(ids_TK.shape)
 

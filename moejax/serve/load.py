@@ -25,6 +25,7 @@ from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
 from moejax.train.state import abstract_state, model_structure
+from moejax.train.together import CompiledTogether
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Model:
                 module, *inputs
             )
 
-        return jax.jit(answer)
+        return CompiledTogether(jax.jit(answer))
 
 
 def load(folder: str | Path) -> Model:

@@ -24,6 +24,7 @@ from moejax.data.batches import Batch, merge_states
 from moejax.data.dataset import Data, open_data
 from moejax.mesh import batch_part, make_mesh, resolve
 from moejax.model.count import active_per_token, num_parameters, train_flops_per_token
+from moejax.pipeline.stages import require_pipeline
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
 from moejax.train.guard import NonFiniteError, StopSignal
@@ -32,7 +33,7 @@ from moejax.train.runlog import NoLog, RunLog
 from moejax.train.schedules import StepPlan, plan_steps
 from moejax.train.state import TrainState, abstract_state, bytes_per_device, new_state
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
-from moejax.train.together import everyones, is_main, main_first, together
+from moejax.train.together import CompiledTogether, everyones, is_main, main_first, together
 
 logger = logging.getLogger("moejax")
 
@@ -73,6 +74,7 @@ def train(config: RunConfig, console: Console | None = None, devices: Sequence[j
     """
     asked, config = config, resolve(config, len(devices or jax.devices()))
     mesh, folder = make_mesh(config.mesh, devices), Path(config.folder)
+    require_pipeline(config)
     together(lambda: _require_same_model(config, folder))
     together(lambda: _require_memory(abstract_state(config, mesh)))
     with ExitStack() as stack:
@@ -165,8 +167,8 @@ class _Run:
     ):
         self.config, self.mesh, self.data, self.checkpoints, self.log = config, mesh, data, checkpoints, log
         self.state, self.position = state, position
-        self.train_step = make_train_step(config, mesh)
-        self.eval_step = make_eval_step(config, mesh)
+        self.train_step = CompiledTogether(make_train_step(config, mesh))
+        self.eval_step = CompiledTogether(make_eval_step(config, mesh))
         self.valid = self._place_validation()
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.peak = config.log.peak_flops or peak_flops(mesh.size)
@@ -263,7 +265,7 @@ class _Run:
 
     def _place_validation(self) -> list[tuple[Batch, float]]:
         """The validation batches on the devices, with the bytes of text that each predicts."""
-        rows = self.config.data.batch_size // self.config.pipeline.microbatches
+        rows = self.config.data.batch_size // self.config.pipeline.num_microbatches
         token_bytes = self.data.tokenizer.token_bytes
         batches = self.data.valid_batches(self.config.log.valid_batches, rows)
         own = [float(token_bytes[batch.tokens[:, 1:]][batch.loss_mask[:, 1:]].sum()) for batch in batches]

@@ -15,6 +15,7 @@ from moejax.config import RunConfig
 from moejax.model.moe import RouterBias
 from moejax.model.shards import on_mesh
 from moejax.model.transformer import Transformer
+from moejax.pipeline.stages import layout_of, mesh_of_extras
 from moejax.train.optimizer import make_optimizer
 
 
@@ -32,7 +33,9 @@ class TrainState:
 
 def new_transformer(config: RunConfig) -> Transformer:
     """The model with the parameters that `config.seed` draws, the same on any mesh; for use under `jax.jit`."""
-    return Transformer(nnx.Rngs(params=jax.random.key(config.seed)), config.model, config.mesh)
+    rngs, mesh = nnx.Rngs(params=jax.random.key(config.seed)), mesh_of_extras(config.mesh)
+    slots = layout_of(config).layer_of_slot if mesh.pipe > 1 else None
+    return Transformer(rngs, config.model, mesh, slots)
 
 
 def model_structure(config: RunConfig) -> nnx.GraphDef:
@@ -65,11 +68,13 @@ def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = jax.eval_shape(lambda: _first_state(config))
 
-    def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    def placed(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else on_mesh(x.sharding.spec, config.mesh)
+        if config.mesh.pipe > 1 and any(getattr(key, "key", None) == "moe_blocks" for key in path):
+            spec = P("pipe", *spec[1:])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(placed, shapes)
+    return jax.tree_util.tree_map_with_path(placed, shapes)
 
 
 def state_specs(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -24,6 +24,7 @@ from moejax.model.transformer import Losses
 from moejax.ops.linear import FLOATS
 from moejax.ops.routing import update_bias
 from moejax.ops.varying import vary_over
+from moejax.pipeline.stages import Objective, counts_of_biases, evaluate, gradients, in_order
 from moejax.train.optimizer import clip, make_optimizer
 from moejax.train.state import TrainState, model_structure, state_specs
 
@@ -66,15 +67,19 @@ def make_train_step(
     The batch's rows are a multiple of a micro-batch's, `data.batch_size / pipeline.microbatches`.
     """
     structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
-    dtype, micro_rows = FLOATS[config.precision], config.data.batch_size // config.pipeline.microbatches
+    dtype, micro_rows = FLOATS[config.precision], config.data.batch_size // config.pipeline.num_microbatches
 
     def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
         predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         shards = jax.lax.axis_size(BATCH_AXES)
         num_micro = batch.tokens.shape[0] * shards // micro_rows
-        params = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.params)
+        axes = BATCH_AXES if config.mesh.pipe == 1 else AXES
+        params, router_bias = jax.tree.map(lambda x: vary_over(x, axes), (state.params, state.router_bias))
+        if config.mesh.pipe > 1:
+            to = Objective(predicted, settings.mtp_weight, num_micro * shards)
+            grads, losses = gradients(config, structure, params, router_bias, batch, to)
+            return _apply(state, grads, jax.lax.psum(losses, AXES), num_micro * shards, settings)
         weights = gather_for_step(params, config.mesh, dtype)
-        router_bias = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), state.router_bias)
 
         def objective(weights: nnx.State, micro: Batch) -> tuple[Array, Losses]:
             losses = nnx.merge(structure, weights, router_bias).losses(
@@ -91,27 +96,30 @@ def make_train_step(
 
         grads, losses = _accumulate(objective, weights, batch, num_micro)
         losses = jax.lax.psum(losses, BATCH_AXES)
-        rounds = losses.rounds / max(len(losses.counts) * num_micro * shards, 1)
-        return _apply(state, reduce(grads, config.mesh), losses, rounds, settings)
+        return _apply(state, reduce(grads, config.mesh), losses, num_micro * shards, settings)
 
     def _apply(
-        state: TrainState, grads: nnx.State, losses: Losses, rounds: Array, settings: StepSettings
+        state: TrainState, grads: nnx.State, losses: Losses, num_parts: int, settings: StepSettings
     ) -> tuple[TrainState, Metrics]:
+        """The state after the step; `num_parts`: micro-batches of all devices."""
         grads, norm = clip(grads, config.optimizer.clip_norm)
         finite = (
             jnp.isfinite(losses.main) & jnp.isfinite(losses.mtp) & jnp.isfinite(losses.balance) & jnp.isfinite(norm)
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - settings.learning_rate * u, state.params, updates)
+        counts = counts_of_biases(config, losses.counts)
         new = TrainState(
             step=state.step + 1,
             params=params,
-            router_bias=_updated_bias(state.router_bias, losses.counts, settings.bias_update_speed),
+            router_bias=_updated_bias(state.router_bias, counts, settings.bias_update_speed),
             opt_state=opt_state,
             ema=_averaged(state.ema, params, config.optimizer.ema_decay),
         )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, losses.counts, rounds, finite)
+        rounds = losses.rounds / max(len(losses.counts) * num_parts, 1)
+        by_layer = in_order(config, losses.counts)
+        return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, by_layer, rounds, finite)
 
     specs = state_specs(config, mesh)
     inputs, outputs = (specs, P(BATCH_AXES), P()), (specs, P())
@@ -124,11 +132,14 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
     structure, dtype = model_structure(config), FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
+        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        if config.mesh.pipe > 1:
+            params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
+            return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
         weights = gather_for_step(state.params, config.mesh, dtype)
         model = nnx.merge(structure, weights, state.router_bias)
         losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), dtype)
-        predicted = batch.loss_mask[:, 1:].sum(dtype=jnp.float32)
-        return jax.lax.psum((losses.main, predicted), BATCH_AXES)
+        return jax.lax.psum(losses.main, BATCH_AXES), predicted
 
     specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
@@ -153,12 +164,11 @@ def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro:
     return grads, jax.tree.map(lambda x: x.sum(0), losses)
 
 
-def _updated_bias(bias: nnx.State, counts: Array, speed: Any) -> nnx.State:
-    """Every router's bias moved against its layer's load; the layers of `counts` are in the order of the model."""
+def _updated_bias(bias: nnx.State, counts: list[Array], speed: Any) -> nnx.State:
+    """Every router's bias moved against its layer's load; `counts` has a part for each array of biases."""
     leaves, structure = jax.tree.flatten(bias)
-    ends = [sum(len(b) for b in leaves[: i + 1]) for i in range(len(leaves))]
-    parts = jnp.split(counts, ends[:-1]) if leaves else []
-    return jax.tree.unflatten(structure, [update_bias(b, c, speed) for b, c in zip(leaves, parts, strict=True)])
+    counts = counts if leaves else []  # a gate without biases is counted too
+    return jax.tree.unflatten(structure, [update_bias(b, c, speed) for b, c in zip(leaves, counts, strict=True)])
 
 
 def _averaged(ema: nnx.State | None, params: nnx.State, decay: float | None) -> nnx.State | None:

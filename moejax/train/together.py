@@ -49,3 +49,24 @@ def main_first(action: Callable[[], Result]) -> Result:
     """`action()` on the main process, then on the others, which find what it left on a disk that they share."""
     done = together(lambda: action() if is_main() else None)
     return together(lambda: action() if done is None else done)
+
+
+class CompiledTogether:
+    """A jitted function of which a new program runs once all processes have compiled it.
+
+    Where they meet for the first time, some transports give up when the other process is half a minute late.
+    """
+
+    def __init__(self, function: Any):
+        """`function`: as `jax.jit` returns it."""
+        self._function, self._programs = function, {}  # type: ignore[var-annotated]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The function's result."""
+        if jax.process_count() == 1:
+            return self._function(*arguments)
+        shapes = tuple((np.shape(leaf), np.result_type(leaf)) for leaf in jax.tree.leaves(arguments))
+        if shapes not in self._programs:
+            self._programs[shapes] = self._function.lower(*arguments).compile()
+            everyones(None)
+        return self._programs[shapes](*arguments)

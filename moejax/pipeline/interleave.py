@@ -1,0 +1,219 @@
+"""The forward pass of one chunk woven with the backward pass of another, so that communication hides behind products.
+
+Without data dependence between them XLA still runs one after the other, or starts an all-to-all where nothing is left
+to compute. Here both are cut at their all-to-alls, C0 A0 C1 A1 ... and D0 A'0 D1 A'1 ..., and emitted in phases
+
+    D0 | {A'0, C0} | {A0, D1} | {A'1, C1} | {A1, D2} | ...
+
+with an optimization barrier between two phases: in each the all-to-all of one chunk is in flight across the compute of
+the other (arXiv:2412.19437, figure 4). Where a side has fewer all-to-alls than the other, or has to cover two in a row,
+its compute is cut between its products.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jc
+from jax import lax
+from jaxtyping import Array
+
+from moejax.pipeline.backward import StageFunctions, evaluate, num_bytes, reached, value_of, variables
+
+_EXCHANGES = {"all_to_all", "ragged_all_to_all"}
+_PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated", "ffi_call"}
+
+
+def interleave_stages(
+    ahead: StageFunctions,
+    params: Any,
+    x: Any,
+    behind: StageFunctions,
+    params_behind: Any,
+    residuals: Sequence[Array],
+    dy: Any,
+    daux: Any,
+) -> tuple[tuple[Any, Any, list[Array]], tuple[Any, Any]]:
+    """`ahead.forward(params, x)` and `behind.backward(params_behind, residuals, dy, daux)`, woven."""
+    outputs, gradients = interleave(
+        ahead.forward_jaxpr,
+        jax.tree.leaves((params, x)),
+        behind.backward_jaxpr,
+        jax.tree.leaves((params_behind, residuals, dy, daux)),
+        num_weights=(ahead.num_params, behind.num_params),
+    )
+    return ahead.forward_results(outputs), behind.backward_results(gradients)
+
+
+def interleave(
+    forward_jaxpr: jc.ClosedJaxpr,
+    forward_args: Sequence[Array],
+    backward_jaxpr: jc.ClosedJaxpr,
+    backward_args: Sequence[Array],
+    num_weights: tuple[int, int] = (0, 0),
+) -> tuple[list[Array], list[Array]]:
+    """The results of both programs, which are flat (`backward.flatten`).
+
+    The arguments vary over the same mesh axes. The first `num_weights` of each program, and what follows from them
+    alone, no barrier holds up, so that casts of them fuse with what uses them.
+    """
+    forward = _Side("F", forward_jaxpr, forward_args, num_weights[0])
+    backward = _Side("B", backward_jaxpr, backward_args, num_weights[1])
+    forward.cut_further(len(backward.runs) - 1)
+    backward.cut_further(len(forward.runs))
+    phases = _phases(forward, backward)
+    for number, phase in enumerate(phases):
+        for side, eqns in phase:
+            with jax.named_scope(side.name):
+                evaluate(eqns, side.env)
+        if number + 1 < len(phases):
+            _hold(phase, phases[number + 1 :])
+    return forward.results(), backward.results()
+
+
+_Equations = list[jc.JaxprEqn]
+
+
+class _Side:
+    """A program, cut, and the values found so far: compute 0, run 0, compute 1, and so on.
+
+    A run is a number of exchanges without a product between them, as where tokens travel in two hops; an exchange
+    begins with the equations that lead to it.
+    """
+
+    def __init__(self, name: str, closed: jc.ClosedJaxpr, args: Sequence[Array], num_weights: int):
+        self.name, self.program = name, closed.jaxpr
+        self.env: dict[jc.Var, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+        self.env.update(zip(closed.jaxpr.invars, args, strict=True))
+        self.holdable = reached(closed.jaxpr.eqns, closed.jaxpr.invars[num_weights:])
+        self.computes, self.runs = _cut(closed.jaxpr.eqns)
+
+    def cut_further(self, count: int) -> None:
+        """Cuts the compute with most products in two until there are `count` places for runs."""
+        while len(self.runs) < count:
+            most = max(range(len(self.computes)), key=lambda i: _products(self.computes[i]))
+            if _products(self.computes[most]) < 2:
+                return
+            self.computes[most : most + 1] = _pieces(self.computes[most], 2)
+            self.runs.insert(most, [])
+
+    def results(self) -> list[Array]:
+        return [value_of(self.env, v) for v in self.program.outvars]
+
+
+def _cut(eqns: Sequence[jc.JaxprEqn]) -> tuple[list[_Equations], list[list[_Equations]]]:
+    """Computes, and the runs of exchanges between them."""
+    pieces, exchanges = _between_exchanges(eqns)
+    computes: list[_Equations] = [pieces[0]]
+    runs: list[list[_Equations]] = []
+    for exchange, piece in zip(exchanges, pieces[1:], strict=True):
+        if _products(computes[-1]):
+            runs.append([exchange])
+            computes.append(piece)
+            continue
+        if not runs:
+            runs.append([])
+            computes.insert(0, [])
+        runs[-1].append(computes[-1] + exchange)
+        computes[-1] = piece
+    return computes, runs
+
+
+def _between_exchanges(eqns: Sequence[jc.JaxprEqn]) -> tuple[list[_Equations], list[_Equations]]:
+    """What is between exchanges, and the exchanges: all-to-alls that do not wait for each other or for a product.
+
+    So the rows of a dispatch and what is sent with them are one exchange.
+    """
+    pieces: list[_Equations] = [[]]
+    exchanges: list[_Equations] = []
+    after: set[jc.Var] = set()  # what depends on the last exchange
+
+    def waits(eqn: jc.JaxprEqn) -> bool:
+        return not after.isdisjoint(variables(eqn.invars))
+
+    for eqn in eqns:
+        if eqn.primitive.name not in _EXCHANGES:
+            pieces[-1].append(eqn)
+            after |= set(eqn.outvars) if waits(eqn) else set()
+        elif not exchanges or waits(eqn) or _products(pieces[-1]):
+            exchanges.append([eqn])
+            pieces.append([])
+            after = set(eqn.outvars)
+        else:
+            pieces[-2] += [e for e in pieces[-1] if not waits(e)]
+            pieces[-1] = [e for e in pieces[-1] if waits(e)]
+            exchanges[-1].append(eqn)
+            after |= set(eqn.outvars)
+    return pieces, exchanges
+
+
+def _pieces(eqns: _Equations, count: int) -> list[_Equations]:
+    """`eqns` in `count` pieces of as many products."""
+    done, total = 0, _products(eqns)
+    pieces: list[_Equations] = [[] for _ in range(count)]
+    for eqn in eqns:
+        pieces[min(done * count // max(total, 1), count - 1)].append(eqn)
+        done += _num_products(eqn)
+    return pieces
+
+
+def _products(eqns: _Equations) -> int:
+    return sum(map(_num_products, eqns))
+
+
+def _num_products(eqn: jc.JaxprEqn) -> int:
+    inner = (e for jaxpr in jc.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
+    return (eqn.primitive.name in _PRODUCTS) + sum(_num_products(e) for e in inner)
+
+
+_Phase = list[tuple[_Side, _Equations]]
+
+
+def _phases(forward: _Side, backward: _Side) -> list[_Phase]:
+    """What runs together, in order."""
+    count = max(len(forward.runs), len(backward.runs))
+    if not count:
+        return [[(backward, backward.computes[0]), (forward, forward.computes[0])]]
+
+    def beside(sending: _Side, runs: list, computing: _Side, compute: _Equations) -> list[_Phase]:
+        pieces = _pieces(compute, max(len(runs), 1))
+        return [[(sending, run), (computing, piece)] for run, piece in zip(runs or [[]], pieces, strict=True)]
+
+    ahead, behind = ([*s.computes, *[[]] * (count + 1 - len(s.computes))] for s in (forward, backward))
+    sent, sent_back = ([*s.runs, *[[]] * (count - len(s.runs))] for s in (forward, backward))
+    phases: list[_Phase] = [[(backward, behind[0])]]
+    for i in range(count):
+        phases += beside(backward, sent_back[i], forward, ahead[i])
+        phases += beside(forward, sent[i], backward, behind[i + 1])
+    phases.append([(forward, ahead[count])])
+    return [phase for phase in phases if any(eqns for _, eqns in phase)]
+
+
+def _hold(phase: _Phase, later: Sequence[_Phase]) -> None:
+    """Puts a barrier between `phase` and the next. What passes it:
+
+    what the phase computed and something later reads; of a product that leads to nothing of that, as a weight's
+    gradient, one result, as it could be computed anywhere else; and of a product of the next phase that waits for
+    nothing of all this, the smallest of the older values it is computed from.
+    """
+    wanted = {v for p in later for _, eqns in p for eqn in eqns for v in variables(eqn.invars)}
+    held: dict[jc.Var, _Side] = {}
+    for side, eqns in phase:
+        made = dict.fromkeys(v for eqn in eqns for v in eqn.outvars if v in side.holdable)
+        held |= {v: side for v in made if v in wanted}
+        results = [v for v in variables(side.program.outvars) if v in made]
+        for eqn in filter(_num_products, eqns):
+            after = reached(eqns, eqn.outvars)
+            if held.keys().isdisjoint(after):
+                held |= dict.fromkeys(sorted(after.intersection(results), key=results.index)[:1], side)
+    for side, eqns in later[0]:
+        origins: dict[jc.Var, dict[jc.Var, None]] = {}  # of what the next phase computes, in values that there are
+        for eqn in eqns:
+            inputs = [v for v in variables(eqn.invars) if v in side.holdable]
+            origin = {o: None for v in inputs for o in origins.get(v, {v: None})}
+            if origin and _num_products(eqn) and held.keys().isdisjoint(origin):
+                held[min(origin, key=num_bytes)] = side
+            origins |= dict.fromkeys(eqn.outvars, origin)
+    values = lax.optimization_barrier([side.env[v] for v, side in held.items()])
+    for (v, side), value in zip(held.items(), values, strict=True):
+        side.env[v] = value
