@@ -131,7 +131,7 @@ def test_pipeline_equals_one_device(config, mesh, schedule, sharding, routing):
         (
             MeshConfig(pipe=8, data=1),
             PipelineConfig(schedule="dualpipe_v"),
-            "num_layers=9: wanted MoE layers .*16 stages",
+            r"num_layers=9: wanted .* the 16 stages",
         ),
     ],
     ids=["odd stages", "too few micro-batches", "more stages than layers"],
