@@ -130,7 +130,7 @@ def test_pipeline_equals_one_device(config, mesh, schedule, sharding, routing):
         (MeshConfig(pipe=4, data=1), PipelineConfig(microbatches=4), "microbatches=4: wanted an even number, at least"),
         (
             MeshConfig(pipe=8, data=1),
-            PipelineConfig(schedule="dualpipe_v"),
+            PipelineConfig(schedule="dualpipe_v", microbatches=16),
             r"num_layers=9: wanted .* the 16 stages",
         ),
     ],
