@@ -1,7 +1,7 @@
 """The command line: `moejax COMMAND ...`, also `python -m moejax COMMAND ...`.
 
     moejax train CONFIG [--any.field value ...]      train; CONFIG is a Python file, a config.json or a run folder
-    moejax show CONFIG [--any.field value ...]       every array of the training state, and where it lies on the mesh
+    moejax show CONFIG [--any.field value ...]       the arrays of the training state and the stages of a pipeline
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax schedule NAME [--stages N ...]            a pipeline schedule as text and picture, and what it costs
@@ -108,13 +108,16 @@ def _show(words: list[str]) -> int:
     if not as_lines or as_lines[0].startswith("-"):
         raise ConfigError("CONFIG", as_lines[0] if as_lines else "", "a config first: moejax show CONFIG [--json]")
     config = load_config(as_lines[0], as_lines[1:])
-    from moejax.plan.arrays import as_json, as_table, state_arrays
+    from moejax.plan.arrays import as_json, as_stage_table, as_table, stage_rows, state_arrays
 
-    rows = state_arrays(config, config.simulate)
+    stages, rows = stage_rows(config, config.simulate), state_arrays(config, config.simulate)
     if "--json" in words:
-        print(json.dumps(as_json(rows), indent=2))
-    else:
-        Console(width=150).print(as_table(rows))
+        print(json.dumps(as_json(rows, stages), indent=2))
+        return DONE
+    console = Console(width=150)
+    if stages:
+        console.print(as_stage_table(stages), "")
+    console.print(as_table(rows))
     return DONE
 
 

@@ -330,10 +330,13 @@ class PipelineConfig:
     # of a full batch; their gradients are accumulated before the optimizer's step. None: as few as the schedule needs
     microbatches: int | None = None
     max_deferred_w: int = 2  # weight gradients that a rank puts off at most; each costs memory
+    layers: tuple[int, ...] | None = None  # MoE layers of each stage, first to last; None: as balanced as can be
 
     def __post_init__(self) -> None:
         _require_positive(self, "pipeline", "microbatches")
         _require_at_least_0(self, "pipeline", "max_deferred_w")
+        good = self.layers is None or (len(self.layers) > 0 and min(self.layers) >= 0)
+        _require(good, "pipeline.layers", self.layers, "for each stage a number that is 0 or more")
 
     @property
     def num_microbatches(self) -> int:
@@ -456,6 +459,11 @@ class RunConfig:
     def folder(self) -> str:
         """The run folder."""
         return self.out if self.out is not None else f"runs/{self.name}"
+
+    @property
+    def rows_of_microbatch(self) -> int:
+        """Sequences of a micro-batch, over all devices."""
+        return self.data.batch_size // self.pipeline.num_microbatches
 
     def to_json(self) -> str:
         """The whole tree as JSON text; `from_json` of it is equal to the tree."""

@@ -155,13 +155,20 @@ def _fields(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _wanted(config: RunConfig, place: str) -> str:
-    kind = dict(_fields(config))[place]
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(typing.get_args(kind))}"
+    return _words(dict(_fields(config))[place])
+
+
+def _words(kind: Any) -> str:
+    """What a field of this type takes: `a whole number or None`."""
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
-    kinds = [a for a in typing.get_args(kind) if a is not Ellipsis] or [kind]
-    several = " (several, separated by spaces)" if typing.get_origin(kind) is tuple else ""
-    return " or ".join(names[a] for a in kinds) + several
+    if kind in names:
+        return names[kind]
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(inner)}"
+    if typing.get_origin(kind) is tuple:
+        return f"{_words(inner[0])} (several, separated by spaces)"
+    return " or ".join(_words(part) for part in inner)
 
 
 def _nearest(config: RunConfig, argument: str) -> str:

@@ -13,7 +13,7 @@ from moejax.config import ConfigError, MeshConfig
 from moejax.config_source import load_config
 from moejax.mesh import make_mesh, resolve
 from moejax.model.count import abstract_model, num_parameters
-from moejax.plan.arrays import as_json, state_arrays
+from moejax.plan.arrays import as_json, stage_rows, state_arrays
 from moejax.train.state import new_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -70,6 +70,57 @@ def test_the_table_has_every_array_and_the_sums(capsys):
         "1.049",
     ]
     assert np.isclose(float(lines[-1].split()[-1]), sum(row.bytes_per_device for row in rows) / 1e6, atol=1e-3)
+
+
+def test_the_stages_of_v3_are_shown_and_their_empty_places_counted(capsys):
+    words = ["show", str(CONFIGS / "deepseek_v3.py"), "--mesh.pipe", "16", "--mesh.data", "2", "--mesh.expert", "64"]
+    assert cli.main([*words, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    (experts,) = (
+        row for row in shown["arrays"] if row["name"] == "moe_blocks.ffn.down_EFD" and row["part"] == "params"
+    )
+    assert experts["shape"] == [16 * 4, 256, 2048, 7168] and experts["spec"] == "pipe, expert, -, data"
+    first, second, *_, last = shown["layout"]
+    assert first["layers"] == "embedding, dense 0-2, MoE 3" and first["ranks"] == [0, 15]
+    assert second["layers"] == "MoE 4-7" and second["ranks"] == [1, 14]
+    assert last["layers"] == "MoE 60, head, MTP 61" and last["ranks"] == [0, 15] and last["share"] == 1
+    assert sum(stage["moe_layers"] for stage in shown["layout"]) == 58
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[1:3]] == [
+        ["0", "0,", "15", "embedding,", "dense", "0-2,", "MoE", "3", "81.1"],
+        ["1", "1,", "14", "MoE", "4-7", "81.2"],
+    ]
+    assert lines[17].split() == ["mean", f"{100 * np.mean([stage['share'] for stage in shown['layout']]):.1f}"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "layers"),
+    [
+        ("one_f_one_b", [(0,), (1,)], ["embedding, dense 0, MoE 1-4", "MoE 5-8, head, MTP 9"]),
+        ("dualpipe", [(0, 1), (0, 1)], ["embedding, dense 0, MoE 1-4", "MoE 5-8, head, MTP 9"]),
+        (
+            "dualpipe_v",
+            [(0,), (1,), (1,), (0,)],
+            ["embedding, dense 0, MoE 1", "MoE 2-4", "MoE 5-7", "MoE 8, head, MTP 9"],
+        ),
+    ],
+)
+def test_stages_are_run_by_the_ranks_of_the_schedule(schedule, ranks, layers):
+    config = load_config(CONFIGS / "tiny.py", ["--mesh.pipe", "2", "--pipeline.schedule", schedule])
+    stages = stage_rows(config)
+    assert [stage.ranks for stage in stages] == ranks
+    assert [stage.layers for stage in stages] == layers
+
+
+def test_stages_without_layers_and_runs_without_stages_show_none(change):
+    config = load_config(CONFIGS / "tiny.py", ["--mesh.pipe", "4", "--pipeline.layers", "0", "5", "0", "3"])
+    config = change(change(config, "model.num_dense_layers", 0), "model.num_layers", 8)
+    config = change(config, "model.mtp.depth", 0)
+    assert [stage.layers for stage in stage_rows(config)] == ["embedding", "MoE 0-4", "", "MoE 5-7, head"]
+    assert [stage.share for stage in stage_rows(config)][::2] == [0, 0]
+    config = change(config, "mesh.pipe", 1)
+    assert stage_rows(config) == [] and "layout" not in as_json(state_arrays(config), stage_rows(config))
 
 
 @pytest.mark.parametrize(

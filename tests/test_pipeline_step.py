@@ -14,7 +14,8 @@ from test_sharded_step import ROUTINGS, SETTINGS, assert_close, batch
 
 from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, OptimizerConfig, PipelineConfig, RunConfig
 from moejax.mesh import make_mesh, one_device_mesh, resolve
-from moejax.pipeline.stages import layout_of, require_pipeline
+from moejax.pipeline.layout import lay_out
+from moejax.pipeline.stages import require_pipeline
 from moejax.train.state import abstract_state, new_state
 from moejax.train.step import make_eval_step, make_train_step, place
 
@@ -28,8 +29,8 @@ def batches():
 
 @pytest.fixture
 def config(run_config, change):
-    """Nine layers: one dense, eight that divide over every pipeline, and an MTP module."""
-    model = dataclasses.replace(run_config.model, num_layers=9, hidden_size=16, loss_chunk=100)
+    """Ten layers: one dense, nine MoE layers that no pipeline divides, and an MTP module."""
+    model = dataclasses.replace(run_config.model, num_layers=10, hidden_size=16, loss_chunk=100)
     data = dataclasses.replace(run_config.data, train=(), batch_size=ROWS, mask_documents=True)
     optimizer = OptimizerConfig(peak_lr=1e-2, moments="fp32", clip_norm=0.3, eps=1e-4, ema_decay=0.9)
     return dataclasses.replace(run_config, out=None, model=model, data=data, optimizer=optimizer)
@@ -42,11 +43,13 @@ def first_state(model, optimizer):
 
 
 def reordered(config, state):
-    """The state with its MoE layers in the order of the ranks."""
-    slots = list(layout_of(config).layer_of_slot)
+    """The state with its MoE layers in the order of the ranks, and zeros in the places that have none."""
+    slots = np.asarray(lay_out(config).layer_of_slot)
 
     def own_order(path, x):
-        return x[np.asarray(slots)] if "moe_blocks" in jax.tree_util.keystr(path) else x
+        if "moe_blocks" not in jax.tree_util.keystr(path):
+            return x
+        return np.where((slots < 0).reshape(-1, *[1] * (x.ndim - 1)), 0, x[slots])
 
     return jax.tree_util.tree_map_with_path(own_order, state)
 
@@ -126,16 +129,24 @@ def test_pipeline_equals_one_device(config, mesh, schedule, sharding, routing):
 @pytest.mark.parametrize(
     ("mesh", "pipeline", "line"),
     [
-        (MeshConfig(pipe=3, data=1), PipelineConfig(microbatches=8), "stages=3: wanted an even number; the nearest: 2"),
-        (MeshConfig(pipe=4, data=1), PipelineConfig(microbatches=4), "microbatches=4: wanted an even number, at least"),
+        (
+            MeshConfig(pipe=3, data=1),
+            PipelineConfig(microbatches=8),
+            "mesh.pipe=3: wanted an even number; the nearest: 2",
+        ),
+        (
+            MeshConfig(pipe=4, data=1),
+            PipelineConfig(microbatches=4),
+            "pipeline.microbatches=4: wanted an even number, at least",
+        ),
         (
             MeshConfig(pipe=8, data=1),
             PipelineConfig(schedule="dualpipe_v", microbatches=16),
-            r"num_layers=9: wanted .* the 16 stages",
+            "mesh.pipe=8: wanted at most 5: 16 stages are more than the 11 layers",
         ),
     ],
     ids=["odd stages", "too few micro-batches", "more stages than layers"],
 )
 def test_a_pipeline_that_does_not_fit_is_one_line(config, mesh, pipeline, line):
     with pytest.raises(ConfigError, match=line):
-        require_pipeline(dataclasses.replace(config, mesh=mesh, pipeline=pipeline))
+        require_pipeline(dataclasses.replace(config, mesh=mesh, pipeline=pipeline), [ROWS])

@@ -44,7 +44,7 @@ def run(config, folder, *flags):
     alone = replace(config, mesh=ONE_DEVICE)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         parts = checkpoint_parts(abstract_state(alone, one_device_mesh()))
-        return {step: jax.device_get(checkpoints.load(step, parts)[0]) for step in (1, 3)}
+        return {step: jax.device_get(checkpoints.load(step, parts)) for step in (1, 3)}
 
 
 def assert_close(got, want, rtol):

@@ -51,8 +51,16 @@ class Checkpoints:
             if self.latest != step:
                 self._checkpointer().save_checkpointables(step, {**parts, "meta": meta}, force=True)
 
-    def load(self, step: int, parts: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The named parts of a checkpoint, and its meta.
+    def load_meta(self, step: int) -> dict[str, Any]:
+        """What was saved as a checkpoint's `meta`.
+
+        Raises:
+            ConfigError: the checkpoint has none.
+        """
+        return self.load(step, {"meta": None})["meta"]
+
+    def load(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
+        """The named parts of a checkpoint.
 
         Args:
             step: one that was saved.
@@ -63,11 +71,11 @@ class Checkpoints:
         """
         checkpointer = self._checkpointer()
         try:
-            loaded = checkpointer.load_checkpointables(step, {**parts, "meta": None})
+            loaded = checkpointer.load_checkpointables(step, parts)
         except (ValueError, KeyError, OSError) as error:
             place, why = f"checkpoint {self.folder / str(step)}", str(_first_cause(error)).splitlines()[0]
             raise ConfigError(place, why, "a whole checkpoint of the model that the config describes") from None
-        return {name: loaded[name] for name in parts}, loaded["meta"]
+        return {name: loaded[name] for name in parts}
 
     def _checkpointer(self) -> ocp.training.Checkpointer:
         if self._open is None:

@@ -13,6 +13,7 @@ from moejax.model.layers import MLP, Norm
 from moejax.model.mla import MLA
 from moejax.model.moe import BlockStats, MoE
 from moejax.model.prefetch import scan_gathered
+from moejax.ops.order import after
 
 # With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
 # (arXiv:2412.19437, section 3.2.3).
@@ -56,10 +57,17 @@ def stack(
     num_layers: int,
     layer_of_slot: tuple[int, ...] | None = None,
 ) -> Block:
-    """A block whose parameters have a leading dim of `num_layers`, in the order of `layer_of_slot` if that is given."""
+    """A block whose parameters have a leading dim of `num_layers`.
+
+    With `layer_of_slot` the dim has a place for each of its entries: a layer, or -1 for a place that is all zeros.
+    """
     keys = jax.random.split(rngs.params(), num_layers)
     keys = keys if layer_of_slot is None else keys[jnp.asarray(layer_of_slot)]
-    return jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind))(keys)
+    blocks = jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind))(keys)
+    if layer_of_slot is None or min(layer_of_slot) >= 0:
+        return blocks
+    is_layer = jnp.asarray(layer_of_slot) >= 0
+    return jax.vmap(lambda block, keep: jax.tree.map(lambda w: jnp.where(keep, w, 0), block))(blocks, is_layer)
 
 
 def run_block(
@@ -98,5 +106,6 @@ def run_stack(
         return run_block(block, x, positions, segment_ids, remat)
 
     if mesh.sharding != "zero1":
-        return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))
+        shards = after(x_BSD, blocks)
+        return scan_gathered(layer, mesh, x_BSD.dtype, shards, x_BSD, (positions_BS, segment_ids_BS))
     return jax.lax.scan(lambda x, block: layer(block, x, positions_BS, segment_ids_BS), x_BSD, blocks)

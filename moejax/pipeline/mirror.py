@@ -2,12 +2,11 @@
 
 At rest rank r holds stage r (with the placement "v" the stages r and 2D-1-r). DualPipe's chunk 1 of rank r is stage
 P-1-r: the shards of the two ranks change places before the step, and its gradients go back after it and are added.
-Which chunk is copy 0 alternates from rank to rank (`table.copy_of`).
 
-The stacks here have a leading dim of layers.
+The stacks here have a leading dim of layers; that of the copies has the layers of chunk 0, then those of chunk 1.
 """
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,38 +17,23 @@ from moejax.pipeline.schedule import Program
 Stack = TypeVar("Stack")
 
 
-def to_copies(program: Program, own: Stack) -> list[Stack]:
-    """The parameter copies of this rank, from what it holds at rest."""
-    if program.placement == "line":
-        return [own]
-    if program.placement == "dual":
-        return _alternating(own, _swapped(program, own))
-    return _alternating(*_halves(own))
+def to_copies(program: Program, own: Stack) -> Stack:
+    """The layers of all parameter copies of this rank, from what it holds at rest."""
+    if program.placement != "dual":
+        return own
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), own, _swapped(program, own))
 
 
-def from_copies(program: Program, copies: list[Stack]) -> Stack:
+def from_copies(program: Program, copies: Stack) -> Stack:
     """The sum of what the copies have gathered, as this rank holds it at rest; adds where `to_copies` copies."""
-    if program.placement == "line":
-        return copies[0]
-    first, second = _alternating(*copies)
-    if program.placement == "dual":
-        return jax.tree.map(jnp.add, first, _swapped(program, second))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    if program.placement != "dual":
+        return copies
+    depth = jax.tree.leaves(copies)[0].shape[0] // 2
+    first, second = (jax.tree.map(lambda x, part=part: x[part], copies) for part in (slice(depth), slice(depth, None)))
+    return jax.tree.map(jnp.add, first, _swapped(program, second))
 
 
 def _swapped(program: Program, stack: Stack) -> Stack:
     last = program.num_ranks - 1
     pairs = [(rank, last - rank) for rank in range(program.num_ranks)]
     return jax.tree.map(lambda x: lax.ppermute(x, "pipe", pairs), stack)
-
-
-def _alternating(first: Any, second: Any) -> list[Any]:
-    """Both, in the other order on odd ranks."""
-    odd = lax.axis_index("pipe") % 2 == 1
-    pick = [lambda a, b: jnp.where(odd, b, a), lambda a, b: jnp.where(odd, a, b)]
-    return [jax.tree.map(choose, first, second) for choose in pick]
-
-
-def _halves(stack: Stack) -> tuple[Stack, Stack]:
-    half = jax.tree.leaves(stack)[0].shape[0] // 2
-    return jax.tree.map(lambda x: x[:half], stack), jax.tree.map(lambda x: x[half:], stack)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from moejax.pipeline.schedule import Cell, Op
 from moejax.pipeline.simulate import UNIT, Costs, ScheduleError, Span, Timeline
-from moejax.pipeline.table import POOL_OF, Edges, Table, Transfer, copy_of
+from moejax.pipeline.table import POOL_OF, Edges, Table, Transfer
 
 
 class Value(NamedTuple):
@@ -80,8 +80,10 @@ PREFIX = {"F": "f", "B": "b", "I": "b", "W": "w"}
 
 def _ops(table: Table, slot: int, rank: int) -> Iterator[tuple[str, int, int, int]]:
     """Kind, stage, micro-batch and parameter copy of each op of a cell."""
-    for kind, copy in table.kinds[table.rows.cell[slot, rank]]:
-        stage, microbatch = (_entry(table, slot, rank, f"{PREFIX[kind]}_{name}") for name in ("stage", "microbatch"))
+    for kind in table.kinds[table.rows.cell[slot, rank]]:
+        stage, microbatch, copy = (
+            _entry(table, slot, rank, f"{PREFIX[kind]}_{name}") for name in ("stage", "microbatch", "copy")
+        )
         yield kind, stage, microbatch, copy
 
 
@@ -116,7 +118,7 @@ def _touched(
     """The values that an op reads and writes, by the columns that say where."""
     program = table.program
     chunk = int(stage != program.stage(rank, 0))
-    if stage != program.stage(rank, chunk) or copy != copy_of(program, rank, chunk):
+    if (stage, copy) != (program.stage(rank, chunk), chunk):
         raise ScheduleError(f"rank {rank} has no stage {stage} in parameter copy {copy}")
     residual, deferred = (Value(what, stage, microbatch) for what in ("residual", "deferred"))
     y = Value("x", stage + 1, microbatch)

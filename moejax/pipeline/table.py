@@ -15,7 +15,8 @@ as small as the program allows:
 
 An op reads its entries before it writes any, and what it reads may be what it writes. The ops of a joined pair can be
 run one after the other, or both at a time if they read everything first. A slot's transfers take everything before they
-put anything. Each pool has one entry more than its size, the last: no value is kept there from one cell to another.
+put anything. Where a column has no entry to name it has the pool's size: the hidden pool needs an entry there, which no
+value outlives.
 """
 
 import dataclasses
@@ -41,17 +42,20 @@ class Rows:
 
     cell: np.ndarray  # index into Table.kinds
     f_stage: np.ndarray
+    f_copy: np.ndarray  # which of the rank's parameter copies: its chunk
     f_microbatch: np.ndarray  # here and below in the numbers of the whole step, [0, num_microbatches)
     f_x: np.ndarray  # hidden: F's input, unused in stage 0
     f_y: np.ndarray  # hidden: takes F's output
     f_residual: np.ndarray  # takes what F saves
     b_stage: np.ndarray  # b: B or I
+    b_copy: np.ndarray
     b_microbatch: np.ndarray
     b_g: np.ndarray  # hidden: gradient of the stage's output; in the last stage the output itself
     b_x: np.ndarray  # hidden: takes the gradient of the stage's input
     b_residual: np.ndarray
     b_deferred: np.ndarray  # takes what I leaves for W
     w_stage: np.ndarray
+    w_copy: np.ndarray
     w_microbatch: np.ndarray
     w_residual: np.ndarray
     w_deferred: np.ndarray
@@ -83,10 +87,10 @@ class Table:
 
     program: Program
     rows: Rows
-    kinds: tuple[tuple[tuple[str, int], ...], ...]  # (op's kind, parameter copy) of each op of a cell; the first: idle
+    kinds: tuple[tuple[str, ...], ...]  # the kinds of a cell's ops; the first: idle
     transfers: tuple[Transfer, ...]  # the different ones that occur; the first: none
     transfer: np.ndarray  # of each slot, index into `transfers`, int32 [slots]
-    num_hidden: int  # sizes of the pools, without the entry that is never read
+    num_hidden: int  # sizes of the pools
     num_residual: int
     num_deferred: int
 
@@ -97,32 +101,21 @@ class Table:
 
     @property
     def steady(self) -> tuple[int, int]:
-        """The longest stretch of slots, [first, end), in which all ranks run a joined pair of the same kind.
+        """The longest stretch of slots, [first, end), in which all ranks run joined pairs.
 
-        Kinds and transfers alternate with period 2 there, and the length is even: a loop over pairs of slots needs no
-        choice. (0, 0) where there is none.
+        Transfers alternate with period 2 there, and the length is even: a loop over pairs of slots needs no choice.
+        (0, 0) where there is none.
         """
-        cell = self.rows.cell
-        joined = np.array([len(kind) == 2 for kind in self.kinds])
-        uniform = (cell == cell[:, :1]).all(axis=1) & joined[cell[:, 0]]
-        does = list(zip(cell[:, 0], self.transfer, strict=True))
+        joined = np.array([len(kind) == 2 for kind in self.kinds])[self.rows.cell].all(axis=1)
         best, first = (0, 0), 0
         for slot in range(self.num_slots):
-            if not uniform[slot]:
+            if not joined[slot]:
                 first = slot + 1
-            elif slot >= first + 2 and does[slot] != does[slot - 2]:
+            elif slot >= first + 2 and self.transfer[slot] != self.transfer[slot - 2]:
                 first = slot - 1
             length = (slot + 1 - first) // 2 * 2
             best = max(best, (first, first + length), key=lambda stretch: stretch[1] - stretch[0])
         return best
-
-
-def copy_of(program: Program, rank: int, chunk: int) -> int:
-    """Which of a rank's parameter copies is this chunk's: chunk 0's on even ranks is 0, on odd ranks 1.
-
-    Neighbours so run pairs of the same kind at the same time in the steady state.
-    """
-    return 0 if program.num_chunks == 1 else (chunk + rank) % 2
 
 
 def build(program: Program, costs: Costs = UNIT) -> Table:
@@ -135,12 +128,12 @@ def build(program: Program, costs: Costs = UNIT) -> Table:
     shape = len(slots), program.num_ranks
     columns = {field.name: np.full(shape, UNUSED, np.int32) for field in dataclasses.fields(Rows)}
     registers = [_Registers(program, rank) for rank in range(program.num_ranks)]
-    kinds: dict[tuple, int] = {(): 0}
+    kinds: dict[tuple[str, ...], int] = {(): 0}
     transfers: dict[Transfer, int] = {Transfer((), ()): 0}
     transfer = np.zeros(len(slots), np.int32)
     for slot, (cells, moves) in enumerate(slots):
         for rank, cell in enumerate(cells):
-            kind = tuple((op.kind, copy_of(program, rank, op.chunk)) for op in cell)
+            kind = tuple(op.kind for op in cell)
             row = {"cell": kinds.setdefault(kind, len(kinds))} | registers[rank].run(cell)
             for name, value in row.items():
                 columns[name][slot, rank] = value
@@ -217,7 +210,7 @@ class _Registers:
         stage = self.program.stage(self.rank, chunk)
         name = {"F": "f", "W": "w"}.get(kind, "b")
         half = chunk * self.program.microbatches_per_chunk if self.program.placement == "dual" else 0
-        row = {f"{name}_stage": stage, f"{name}_microbatch": half + microbatch}
+        row = {f"{name}_stage": stage, f"{name}_copy": chunk, f"{name}_microbatch": half + microbatch}
         if kind == "F":
             row["f_x"] = hidden.take("x", chunk, microbatch) if stage > 0 else UNUSED
         if kind in "BI":

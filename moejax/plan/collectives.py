@@ -37,14 +37,19 @@ def collectives(hlo: str) -> list[Collective]:
         match = _OPERATION.search(line)
         if match:
             result, kind, rest = match.groups()
-            arrays = re.findall(r"[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]", result)
-            dims = tuple(tuple(_numbers(text)) for _, text in arrays)
-            size = sum(math.prod(d) * max(int(bits or 8), 8) // 8 for d, (bits, _) in zip(dims, arrays, strict=True))
-            found.append(Collective(kind, dims, size, _groups(rest), line in looped))
+            dims, sizes = zip(*arrays(result), strict=True)
+            found.append(Collective(kind, dims, sum(sizes), _groups(rest), line in looped))
     return found
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def arrays(result: str) -> list[tuple[tuple[int, ...], int]]:
+    """The dims of each array of a result as XLA writes it, and its bytes."""
+    found = re.findall(r"[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]", result)
+    shapes = ((tuple(_numbers(dims)), int(bits or 8)) for bits, dims in found)
+    return [(dims, math.prod(dims) * max(bits, 8) // 8) for dims, bits in shapes]
+
+
+def computations(hlo: str) -> dict[str, list[str]]:
     """The lines of each computation of a program, by name."""
     found: dict[str, list[str]] = {}
     lines: list[str] = []
@@ -57,7 +62,7 @@ def _computations(hlo: str) -> dict[str, list[str]]:
 
 def _lines_in_loops(hlo: str) -> set[str]:
     """The lines of all computations that a `while` calls, directly or not."""
-    parts = _computations(hlo)
+    parts = computations(hlo)
     called = {name: set(re.findall(r"%([\w.\-]+)", " ".join(lines))) & parts.keys() for name, lines in parts.items()}
     reached: set[str] = set()
     bodies = set(re.findall(r"(?:body|condition)=%([\w.\-]+)", hlo)) & parts.keys()

@@ -24,7 +24,7 @@ from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
-from moejax.train.state import abstract_state, model_structure
+from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as
 from moejax.train.together import CompiledTogether
 
 
@@ -112,8 +112,11 @@ def load(folder: str | Path) -> Model:
             raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
         config, mesh = replace(config, mesh=ONE_DEVICE), one_device_mesh()
         state = abstract_state(config, mesh)
-        parts, _ = checkpoints.load(step, {"model": {"params": state.params, "router_bias": state.router_bias}})
-    return from_state(config, mesh, parts["model"]["params"], parts["model"]["router_bias"])
+        shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
+        before = tuple(checkpoints.load_meta(step)["layer_of_slot"])
+        parts = checkpoints.load(step, stacked_as(before, shapes))
+        model = restacked(parts, before, layer_of_slot(config), shapes)["model"]
+    return from_state(config, mesh, model["params"], model["router_bias"])
 
 
 def from_state(
@@ -122,8 +125,16 @@ def from_state(
     """The model of a run's state; its tokenizer is opened if it is not given."""
     if tokenizer is None:
         tokenizer = open_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
+    if mesh.shape["pipe"] > 1:  # here every rank has all layers
+        before, after = layer_of_slot(config), tuple(range(config.model.num_moe_layers))
+        parts = params, router_bias
+        params, router_bias = restacked(parts, before, after, stacked_as(after, jax.tree.map(_shape, parts)))
     module = nnx.merge(model_structure(config), params, router_bias)
     return Model(config.model, module, mesh, tokenizer, config.data.sequence_length, FLOATS[config.precision])
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def _is_hugging_face(folder: Path) -> bool:

@@ -23,7 +23,7 @@ from moejax.config import ConfigError, RunConfig
 from moejax.data.batches import Batch, merge_states
 from moejax.data.dataset import Data, open_data
 from moejax.mesh import batch_part, make_mesh, resolve
-from moejax.model.count import active_per_token, num_parameters, train_flops_per_token
+from moejax.model.count import abstract_model, active_per_token, num_parameters, train_flops_per_token
 from moejax.pipeline.stages import require_pipeline
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
@@ -31,9 +31,17 @@ from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.peak import memory_limit_bytes, peak_flops, peak_memory_bytes
 from moejax.train.runlog import NoLog, RunLog
 from moejax.train.schedules import StepPlan, plan_steps
-from moejax.train.state import TrainState, abstract_state, bytes_per_device, new_state
+from moejax.train.state import (
+    TrainState,
+    abstract_state,
+    bytes_per_device,
+    layer_of_slot,
+    new_state,
+    restacked,
+    stacked_as,
+)
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
-from moejax.train.together import CompiledTogether, everyones, is_main, main_first, together
+from moejax.train.together import CompiledTogether, everyones, introduce_devices, is_main, main_first, together
 
 logger = logging.getLogger("moejax")
 
@@ -74,9 +82,10 @@ def train(config: RunConfig, console: Console | None = None, devices: Sequence[j
     """
     asked, config = config, resolve(config, len(devices or jax.devices()))
     mesh, folder = make_mesh(config.mesh, devices), Path(config.folder)
-    require_pipeline(config)
+    require_pipeline(config, (plan.rows for plan in plan_steps(config, 0, 0)))
+    introduce_devices(mesh)
     together(lambda: _require_same_model(config, folder))
-    together(lambda: _require_memory(abstract_state(config, mesh)))
+    together(lambda: _require_memory(config, abstract_state(config, mesh)))
     with ExitStack() as stack:
         data = main_first(lambda: _open_data(config, mesh, folder))
         stack.callback(data.train.close)
@@ -119,13 +128,13 @@ def _require_same_model(config: RunConfig, folder: Path) -> None:
         raise ConfigError("out", str(folder), "a folder of its own: this one has a run of another model")
 
 
-def _require_memory(state: TrainState) -> None:
+def _require_memory(config: RunConfig, state: TrainState) -> None:
     """Raises ConfigError where a device's part of the state alone is larger than its memory."""
     needed, limit = bytes_per_device(state), memory_limit_bytes()
     if jax.devices()[0].platform == "cpu":  # simulated devices share the machine's memory
         needed *= jax.local_device_count()
     if needed > limit:
-        model = f"{num_parameters(state.params):,} parameters"
+        model = f"{num_parameters(abstract_model(config.model)):,} parameters"
         wanted = (
             f"a model whose training state, here {needed / 1e9:,.1f} GB, fits in the {limit / 1e9:,.1f} GB of memory"
         )
@@ -136,7 +145,11 @@ def _start(config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints) 
     """The state and position to go on from."""
     step = checkpoints.latest
     if step is not None:  # 1. the newest checkpoint of this run folder
-        parts, meta = checkpoints.load(step, checkpoint_parts(abstract_state(config, mesh)))
+        shapes = checkpoint_parts(abstract_state(config, mesh))
+        meta = checkpoints.load_meta(step)
+        before, after = tuple(meta.pop("layer_of_slot")), layer_of_slot(config)
+        parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes))
+        parts = parts if before == after else restacked(parts, before, after, shapes)
         position = Position(**meta)
         assert position.data is not None  # saved by `_Run._save`
         data.train.restore(position.data)
@@ -179,7 +192,7 @@ class _Run:
     def announce(self, total_steps: int) -> None:
         """Says what is trained, on what, and from where."""
         config, model, data = self.config, self.config.model, self.data
-        total = num_parameters(self.state.params) + num_parameters(self.state.router_bias)
+        total = num_parameters(abstract_model(model))
         active = active_per_token(model, mtp=False)
         lengths = " x ".join(f"{axis} {length}" for axis, length in self.mesh.shape.items() if length > 1)
         logger.info(
@@ -265,7 +278,8 @@ class _Run:
 
     def _place_validation(self) -> list[tuple[Batch, float]]:
         """The validation batches on the devices, with the bytes of text that each predicts."""
-        rows = self.config.data.batch_size // self.config.pipeline.num_microbatches
+        # a pipeline works on several micro-batches at a time
+        rows = self.config.rows_of_microbatch if self.config.mesh.pipe == 1 else self.config.data.batch_size
         token_bytes = self.data.tokenizer.token_bytes
         batches = self.data.valid_batches(self.config.log.valid_batches, rows)
         own = [float(token_bytes[batch.tokens[:, 1:]][batch.loss_mask[:, 1:]].sum()) for batch in batches]
@@ -308,6 +322,7 @@ class _Run:
         position = self.position
         data = merge_states(everyones(position.data))
         meta = {"step": position.step, "tokens": position.tokens, "data": data}
+        meta["layer_of_slot"] = layer_of_slot(self.config)
         self.checkpoints.save(position.step, checkpoint_parts(self.state), meta)
         self.log.event("checkpoint", step=position.step)
 

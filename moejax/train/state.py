@@ -1,11 +1,13 @@
 """Everything on the devices that defines a run between two steps."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,8 +17,11 @@ from moejax.config import RunConfig
 from moejax.model.moe import RouterBias
 from moejax.model.shards import on_mesh
 from moejax.model.transformer import Transformer
-from moejax.pipeline.stages import layout_of, mesh_of_extras
+from moejax.pipeline.layout import lay_out
+from moejax.pipeline.stages import mesh_of_extras
 from moejax.train.optimizer import make_optimizer
+
+Tree = TypeVar("Tree")
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +39,12 @@ class TrainState:
 def new_transformer(config: RunConfig) -> Transformer:
     """The model with the parameters that `config.seed` draws, the same on any mesh; for use under `jax.jit`."""
     rngs, mesh = nnx.Rngs(params=jax.random.key(config.seed)), mesh_of_extras(config.mesh)
-    slots = layout_of(config).layer_of_slot if mesh.pipe > 1 else None
-    return Transformer(rngs, config.model, mesh, slots)
+    return Transformer(rngs, config.model, mesh, layer_of_slot(config) if mesh.pipe > 1 else None)
+
+
+def layer_of_slot(config: RunConfig) -> tuple[int, ...]:
+    """The layer in each place of the stacked MoE blocks, -1 for none; without a pipeline their own order."""
+    return lay_out(config).layer_of_slot if config.mesh.pipe > 1 else tuple(range(config.model.num_moe_layers))
 
 
 def model_structure(config: RunConfig) -> nnx.GraphDef:
@@ -70,11 +79,51 @@ def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
 
     def placed(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = P() if x.sharding is None else on_mesh(x.sharding.spec, config.mesh)
-        if config.mesh.pipe > 1 and any(getattr(key, "key", None) == "moe_blocks" for key in path):
+        if config.mesh.pipe > 1 and _is_stack(path):
             spec = P("pipe", *spec[1:])
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(placed, shapes)
+
+
+def _is_stack(path: tuple) -> bool:
+    return any(getattr(key, "key", None) == "moe_blocks" for key in path)
+
+
+def stacked_as(slots: Sequence[int], shapes: Tree) -> Tree:
+    """Shapes and shardings of (parts of) a state whose MoE blocks are stacked in the order of `slots`.
+
+    `shapes`: those of the state on a mesh. The stacks are not cut over `pipe`, whose length the slots may not fit.
+    """
+
+    def one(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if not _is_stack(path):
+            return x
+        sharding = NamedSharding(x.sharding.mesh, P(None, *x.sharding.spec[1:]))  # type: ignore[union-attr]
+        return jax.ShapeDtypeStruct((len(slots), *x.shape[1:]), x.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def restacked(state: Tree, before: Sequence[int], after: Sequence[int], shapes: Tree) -> Tree:
+    """(Parts of) a state whose MoE blocks go from the order of the slots `before` to that of `after`.
+
+    `shapes`: what comes out, as the devices are to hold it; an empty place is all zeros.
+    """
+    place = np.asarray([before.index(layer) if layer >= 0 else 0 for layer in after])
+    is_layer = np.asarray(after) >= 0
+
+    def one(path: tuple, x: Array, like: jax.ShapeDtypeStruct) -> Array:
+        if not _is_stack(path):
+            return x
+        spec = like.sharding.spec  # type: ignore[union-attr]
+        found = jax.reshard(x, P(None, *spec[1:])).at[place].get(out_sharding=P(None, *spec[1:]))
+        keep = is_layer.reshape(-1, *(1,) * (x.ndim - 1))
+        return jax.reshard(jnp.where(keep, found, 0), spec)
+
+    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(shapes))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda state: jax.tree_util.tree_map_with_path(one, state, shapes))(state)
 
 
 def state_specs(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -22,6 +22,7 @@ from moejax.mesh import AXES, BATCH_AXES
 from moejax.model.shards import gather_for_step, reduce
 from moejax.model.transformer import Losses
 from moejax.ops.linear import FLOATS
+from moejax.ops.order import after, sum_over
 from moejax.ops.routing import update_bias
 from moejax.ops.varying import vary_over
 from moejax.pipeline.stages import Objective, counts_of_biases, evaluate, gradients, in_order
@@ -67,18 +68,19 @@ def make_train_step(
     The batch's rows are a multiple of a micro-batch's, `data.batch_size / pipeline.microbatches`.
     """
     structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
-    dtype, micro_rows = FLOATS[config.precision], config.data.batch_size // config.pipeline.num_microbatches
+    dtype = FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
-        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        predicted = sum_over(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         shards = jax.lax.axis_size(BATCH_AXES)
-        num_micro = batch.tokens.shape[0] * shards // micro_rows
+        num_micro = batch.tokens.shape[0] * shards // config.rows_of_microbatch
         axes = BATCH_AXES if config.mesh.pipe == 1 else AXES
         params, router_bias = jax.tree.map(lambda x: vary_over(x, axes), (state.params, state.router_bias))
+        params = after(predicted, params)
         if config.mesh.pipe > 1:
             to = Objective(predicted, settings.mtp_weight, num_micro * shards)
             grads, losses = gradients(config, structure, params, router_bias, batch, to)
-            return _apply(state, grads, jax.lax.psum(losses, AXES), num_micro * shards, settings)
+            return _apply(state, grads, losses, axes, num_micro * shards, settings)
         weights = gather_for_step(params, config.mesh, dtype)
 
         def objective(weights: nnx.State, micro: Batch) -> tuple[Array, Losses]:
@@ -95,14 +97,28 @@ def make_train_step(
             return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
 
         grads, losses = _accumulate(objective, weights, batch, num_micro)
-        losses = jax.lax.psum(losses, BATCH_AXES)
-        return _apply(state, reduce(grads, config.mesh), losses, num_micro * shards, settings)
+        return _apply(state, reduce(grads, config.mesh), losses, axes, num_micro * shards, settings)
 
     def _apply(
-        state: TrainState, grads: nnx.State, losses: Losses, num_parts: int, settings: StepSettings
+        state: TrainState,
+        grads: nnx.State,
+        losses: Losses,
+        axes: tuple[str, ...],
+        num_parts: int,
+        settings: StepSettings,
     ) -> tuple[TrainState, Metrics]:
-        """The state after the step; `num_parts`: micro-batches of all devices."""
+        """The state after the step.
+
+        Args:
+            state: that before it.
+            grads: summed over all devices, in shards.
+            losses: those of this device; they are summed over `axes`.
+            axes: over which the losses vary.
+            num_parts: micro-batches of all devices.
+            settings: of this step.
+        """
         grads, norm = clip(grads, config.optimizer.clip_norm)
+        losses = _summed(after(norm, losses), axes)
         finite = (
             jnp.isfinite(losses.main) & jnp.isfinite(losses.mtp) & jnp.isfinite(losses.balance) & jnp.isfinite(norm)
         )
@@ -117,8 +133,8 @@ def make_train_step(
             ema=_averaged(state.ema, params, config.optimizer.ema_decay),
         )
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        rounds = losses.rounds / max(len(losses.counts) * num_parts, 1)
         by_layer = in_order(config, losses.counts)
+        rounds = losses.rounds / max(len(by_layer) * num_parts, 1)
         return kept, Metrics(losses.main, losses.mtp, losses.balance, norm, by_layer, rounds, finite)
 
     specs = state_specs(config, mesh)
@@ -132,17 +148,24 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
     structure, dtype = model_structure(config), FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        predicted = sum_over(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         if config.mesh.pipe > 1:
             params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
-            return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
+            return sum_over(evaluate(config, structure, params, biases, batch).main, AXES), predicted
         weights = gather_for_step(state.params, config.mesh, dtype)
         model = nnx.merge(structure, weights, state.router_bias)
         losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), dtype)
-        return jax.lax.psum(losses.main, BATCH_AXES), predicted
+        return sum_over(losses.main, BATCH_AXES), predicted
 
     specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
+
+
+def _summed(losses: Losses, axes: tuple[str, ...]) -> Losses:
+    """The losses of all devices: what is a floating-point number, then in one array what is whole."""
+    main, mtp, balance = sum_over((losses.main, losses.mtp, losses.balance), axes)
+    whole = sum_over(after(balance, jnp.append(losses.counts, losses.rounds)), axes)
+    return Losses(main, mtp, balance, whole[:-1].reshape(losses.counts.shape), whole[-1])
 
 
 def _segments(config: RunConfig, batch: Batch) -> Any:

@@ -1,0 +1,171 @@
+"""The executor on stages small enough to try every schedule: numbers of one device, and what ran.
+
+A layer is y = x + tanh(x @ w) * factor of the micro-batch, and reports the mean square of x and a count.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import MeshConfig
+from moejax.mesh import AXES, make_mesh
+from moejax.ops.varying import vary_over
+from moejax.pipeline.executor import KINDS, Work, run
+from moejax.pipeline.mirror import from_copies, to_copies
+from moejax.pipeline.replay import cells_of
+from moejax.pipeline.schedule import named
+from moejax.pipeline.table import build
+
+ROWS, DIM, DSTAT = 5, 8, 0.3
+
+
+def layer(weights, given):
+    x, number = given
+    y = x + jnp.tanh(x @ weights["w"]) * (1 + 0.01 * number.astype(x.dtype))
+    return y, (jnp.square(x).mean(), number * 0 + 1)
+
+
+def enter(extras, microbatch):
+    return extras["table"] * (1 + 0.1 * microbatch)
+
+
+def leave(extras, y, microbatch):
+    loss = jnp.square(y @ extras["head"] - microbatch).sum()
+    return loss, {"loss": loss, "count": jnp.int32(microbatch * 0 + 1)}
+
+
+def weights(layers, key=0):
+    rng = np.random.default_rng(key)
+    draw = functools.partial(rng.normal, 0, 0.2)
+    extras = {"table": draw(size=(ROWS, DIM)), "head": draw(size=(DIM, 3))}
+    return jax.tree.map(np.float32, ({"w": draw(size=(layers, DIM, DIM))}, extras))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def one_device(stack, extras, num_microbatches):
+    """Gradients and sums of the same work, layer after layer."""
+
+    def objective(stack, extras):
+        total, stats, sums = 0.0, [], []
+        for microbatch in range(num_microbatches):
+            x, own = enter(extras, microbatch), []
+            for index in range(len(stack["w"])):
+                x, found = layer({"w": stack["w"][index]}, (x, jnp.asarray(microbatch)))
+                own.append(found)
+            loss, found = leave(extras, x, microbatch)
+            total += loss + DSTAT * sum(square for square, _ in own)
+            stats.append(jax.tree.map(lambda *s: jnp.stack(s), *own))
+            sums.append(found)
+        add = functools.partial(jax.tree.map, lambda *s: sum(s))
+        return total, (add(*stats), add(*sums))
+
+    (dstack, dextras), (stats, sums) = jax.grad(objective, argnums=(0, 1), has_aux=True)(stack, extras)
+    return dstack, dextras, stats, sums
+
+
+def slots_of(program, layers):
+    """The layer in each place of the stacked weights, -1 for none: rank by rank, stage by stage."""
+    depth, first = max(layers), np.cumsum([0, *layers])
+    chunks = 2 if program.placement == "v" else 1
+    stages = [program.stage(rank, chunk) for rank in range(program.num_ranks) for chunk in range(chunks)]
+    return np.array([first[s] + i if i < layers[s] else -1 for s in stages for i in range(depth)])
+
+
+def compiled_for_mesh(program, layers, stack, extras):
+    """The table, the compiled program, its arguments, and the place of each layer in what it returns."""
+    table, slots = build(program), slots_of(program, layers)
+    at_rest = jax.tree.map(lambda w: np.where(slots[:, None, None] < 0, 0, w[slots]), stack)
+
+    def local(stack, extras, rows):
+        stack, extras = jax.tree.map(lambda x: vary_over(x, AXES), (stack, extras))
+        dstats = vary_over(jnp.float32(DSTAT), AXES), None
+        work = Work(layer, lambda m: vary_over(m, AXES), enter, leave, dstats, layers)
+        rows, x = jax.tree.map(lambda column: column[:, 0], rows), vary_over(jnp.zeros((ROWS, DIM)), AXES)
+        outcome = run(table, rows, work, to_copies(program, stack), extras, x, keep_record=True)
+        dextras, sums = jax.lax.psum((outcome.dextras, outcome.sums), AXES)
+        dstack, stats = (from_copies(program, copies) for copies in (outcome.dstack, outcome.stats))
+        return dstack, dextras, stats, sums, outcome.ran[None]
+
+    mesh = make_mesh(MeshConfig(pipe=program.num_ranks, data=1), jax.devices()[: program.num_ranks])
+    inputs, outputs = (P(AXES), P(), P(None, "pipe")), (P(AXES), P(), P(AXES), P(), P(AXES))
+    given = jax.device_put((at_rest, extras, table.rows), tuple(NamedSharding(mesh, spec) for spec in inputs))
+    step = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=inputs, out_specs=outputs))
+    return table, step.lower(*given).compile(), given, np.argsort(slots)[(slots < 0).sum() :]
+
+
+def run_on_mesh(program, layers, stack, extras):
+    table, compiled, given, places = compiled_for_mesh(program, layers, stack, extras)
+    dstack, dextras, stats, sums, ran = jax.device_get(compiled(*given))
+    dstack, stats = jax.tree.map(lambda x: x[places], (dstack, stats))
+    return dstack, dextras, stats, sums, ran, table
+
+
+def assert_close(got, want):
+    """Float32 sums of at most 1000 terms in another order; integers exactly."""
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max() * np.issubdtype(b.dtype, np.floating))
+
+    jax.tree.map(close, got, jax.device_get(want))
+
+
+def assert_ran_as_planned(program, table, ran):
+    """The record of the devices is the table's cells, op for op, in its slots."""
+    for rank in range(program.num_ranks):
+        want = np.zeros_like(ran[rank])
+        for slot, cell in cells_of(table, rank):
+            for place, op in enumerate(cell):
+                first = op.chunk * program.microbatches_per_chunk if program.placement == "dual" else 0
+                want[slot, place] = 1 + KINDS.index(op.kind), program.stage(rank, op.chunk), first + op.microbatch
+        np.testing.assert_array_equal(ran[rank], want)
+    cells = [tuple(cell for _, cell in cells_of(table, rank)) for rank in range(program.num_ranks)]
+    assert tuple(cells) == program.cells
+
+
+SCHEDULES = ["gpipe", "one_f_one_b", "zb1p", "dualpipe", "dualpipe_v"]
+
+
+def cases():
+    for ranks in (2, 4, 8):
+        for schedule in SCHEDULES:
+            for count in (2 * ranks, 3 * ranks, 4 * ranks):
+                marks = pytest.mark.slow if ranks == 8 and count > 16 else ()
+                yield pytest.param(ranks, schedule, count, id=f"{schedule}-{ranks}-{count}", marks=marks)
+
+
+@pytest.mark.parametrize("schedule", ["one_f_one_b", "zb1p", "dualpipe"])
+def test_no_slot_copies_a_pool(schedule):
+    """In-place: XLA copies a pool at most before the first slot, when it fills it with zeros."""
+    layers = (3, 3)
+    stack, extras = weights(sum(layers))
+    table, compiled, _, _ = compiled_for_mesh(named(schedule, 2, 6), layers, stack, extras)
+    pools = {
+        "residual": (3, table.num_residual),
+        "deferred": (3, table.num_deferred),
+        "hidden": (table.num_hidden + 1,),
+    }
+    shapes = {",".join(map(str, (*sizes, ROWS, DIM))) for sizes in pools}
+    before, _ = compiled.as_text().split("\nENTRY ")
+    assert any(f"f32[{shape}]" in before for shape in shapes)
+    copied = [line for line in before.splitlines() if re.search(rf"= f32\[({'|'.join(shapes)})\]\S* copy\(", line)]
+    assert copied == []
+
+
+@pytest.mark.parametrize(("ranks", "schedule", "microbatches"), list(cases()))
+def test_gradients_sums_and_what_ran(ranks, schedule, microbatches):
+    program = named(schedule, 2 * ranks if schedule == "dualpipe_v" else ranks, microbatches)
+    layers = (
+        tuple(1 + stage % 2 for stage in range(program.num_stages))
+        if microbatches == 2 * ranks
+        else (1,) * program.num_stages
+    )
+    stack, extras = weights(sum(layers))
+    *got, ran, table = run_on_mesh(program, layers, stack, extras)
+    assert_close(tuple(got), one_device(stack, extras, microbatches))
+    assert_ran_as_planned(program, table, ran)
