@@ -108,6 +108,12 @@ def test_each_exchange_has_a_phase_with_products_of_the_other_side(model_config,
     assert (found["F"], found["B"]) == (2 * hops * ahead, (2 * hops + again) * behind)
 
 
+@pytest.mark.parametrize("name", ["one layer", "two layers, cheap"])
+def test_no_product_stands_where_nothing_is_sent(model_config, name):
+    """Not even those of the shared experts, which come after the forward's last exchange."""
+    assert all(exchanges(phase) for phase in traced(model_config, name).phases if products(phase))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_products_stay_in_their_phase(model_config, name):
     """They wait for the barrier before them, and the one after them waits for them."""

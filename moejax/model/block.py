@@ -13,7 +13,6 @@ from moejax.model.layers import MLP, Norm
 from moejax.model.mla import MLA
 from moejax.model.moe import BlockStats, MoE
 from moejax.model.prefetch import scan_gathered
-from moejax.ops.order import after
 
 # With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
 # (arXiv:2412.19437, section 3.2.3).
@@ -106,6 +105,5 @@ def run_stack(
         return run_block(block, x, positions, segment_ids, remat)
 
     if mesh.sharding != "zero1":
-        shards = after(x_BSD, blocks)
-        return scan_gathered(layer, mesh, x_BSD.dtype, shards, x_BSD, (positions_BS, segment_ids_BS))
+        return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))
     return jax.lax.scan(lambda x, block: layer(block, x, positions_BS, segment_ids_BS), x_BSD, blocks)

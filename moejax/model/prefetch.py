@@ -17,7 +17,6 @@ from jaxtyping import Array
 
 from moejax.config import MeshConfig
 from moejax.model.shards import gathered, scattered, widened
-from moejax.ops.order import after
 
 Stats = TypeVar("Stats")
 
@@ -46,10 +45,11 @@ def _forward(
 
     def body(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
         x, weights = carry
+        following = weights_of(jnp.minimum(index + 1, last))
         y, stats, pull = _pulled(layer, widened(weights), x, fixed)
-        return (y, weights_of(jnp.minimum(index + 1, last), y)), (stats, pull)
+        return (y, following), (stats, pull)
 
-    (x, _), (stats, pulls) = lax.scan(body, (x, weights_of(0, x)), jnp.arange(last + 1))
+    (x, _), (stats, pulls) = lax.scan(body, (x, weights_of(0)), jnp.arange(last + 1))
     return (x, stats), (shards, fixed, pulls)
 
 
@@ -63,24 +63,24 @@ def _backward(
     def body(carry: tuple[Array, Any], this: tuple[Array, Any, Any]) -> tuple[tuple[Array, Any], Any]:
         dx, weights = carry
         index, pull, dstats = this
+        following = weights_of(jnp.maximum(index - 1, 0))
         dweights, dx = pull(widened(weights), fixed, (dx, dstats))
-        following = weights_of(jnp.maximum(index - 1, 0), dx)
-        return (dx, following), scattered(after(following, dweights), cfg)
+        return (dx, following), scattered(dweights, cfg)
 
     inputs = (jnp.arange(last + 1), pulls, _inexact(dstats))
-    (dx, _), dshards = lax.scan(body, (dx, weights_of(last, dx)), inputs, reverse=True)
+    (dx, _), dshards = lax.scan(body, (dx, weights_of(last)), inputs, reverse=True)
     return dshards, dx, None
 
 
 scan_gathered.defvjp(_forward, _backward)
 
 
-def _weights(shards: Any, cfg: MeshConfig, dtype: DTypeLike) -> tuple[Callable[[Any, Array], Any], int]:
-    """`(index, first) -> ` the whole weights of a layer, where order matters `after` first; the last layer's index."""
+def _weights(shards: Any, cfg: MeshConfig, dtype: DTypeLike) -> tuple[Callable[[Any], Any], int]:
+    """The whole weights of layer number `index`, and the number of the last layer."""
 
-    def of(index: Any, first: Array) -> Any:
+    def of(index: Any) -> Any:
         own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), shards)
-        return gathered(after(first, own), cfg, dtype)
+        return gathered(own, cfg, dtype)
 
     return of, jax.tree.leaves(shards)[0].shape[0] - 1
 

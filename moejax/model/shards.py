@@ -19,7 +19,6 @@ from jaxtyping import Array
 
 from moejax.config import MeshConfig
 from moejax.ops.linear import FLOATS
-from moejax.ops.order import after, sum_over
 
 SHARDS = ("replica", "data", "expert")
 BESIDE_EXPERTS = ("replica", "data")
@@ -64,16 +63,7 @@ def reduce(grads: Tree, cfg: MeshConfig) -> Tree:
         return scattered(grads, cfg)
     dtype = FLOATS[cfg.gradient_dtype]
     left = tuple(axis for axis in SHARDS if axis not in cfg.shard_axes)
-    if not left:
-        return grads
-    before: Any = None
-
-    def summed(grad: Array) -> Array:
-        nonlocal before
-        before = sum_over(after(before, grad).astype(dtype), left).astype(grad.dtype)
-        return before
-
-    return jax.tree.map(summed, grads)
+    return jax.tree.map(lambda g: jax.lax.psum(g.astype(dtype), left).astype(g.dtype), grads) if left else grads
 
 
 def gathered(tree: Tree, cfg: MeshConfig, dtype: DTypeLike) -> Tree:
@@ -113,11 +103,9 @@ _whole.defvjp(
 
 
 def _map_stored(function: Any, tree: Tree, cfg: MeshConfig) -> Tree:
-    """`function(array, how, dim, axes)` of every parameter that is stored over axes longer than 1, in their order."""
-    before: Any = None
+    """`function(array, how, dim, axes)` of every parameter that is stored over axes longer than 1."""
 
     def one(variable: Any) -> Any:
-        nonlocal before
         if not isinstance(variable, nnx.Param) or variable.gather == "never":
             return variable
         array = variable.get_value()
@@ -125,8 +113,7 @@ def _map_stored(function: Any, tree: Tree, cfg: MeshConfig) -> Tree:
             axes = () if not isinstance(entry, tuple) else tuple(a for a in entry if a in cfg.gather_axes)
             if axes:
                 dim = index + array.ndim - len(variable.spec)
-                before = function(after(before, array), variable.gather, dim, axes)
-                return variable.replace(before)
+                return variable.replace(function(array, variable.gather, dim, axes))
         return variable
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -20,7 +20,6 @@ from moejax.model.mtp import module_at, stack_modules
 from moejax.model.shards import SHARDS, gather_for_use
 from moejax.ops.embedding import embed
 from moejax.ops.loss import cross_entropy
-from moejax.ops.order import after
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +97,7 @@ class Transformer(nnx.Module):
         return jnp.dot(normed, head_DV, preferred_element_type=jnp.float32)
 
     def _final_norm(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        return gather_for_use(after(x, self.norm), self.mesh, x.dtype)(x)
+        return gather_for_use(self.norm, self.mesh, x.dtype)(x)
 
     def losses(
         self,
@@ -140,9 +139,7 @@ class Transformer(nnx.Module):
         mtp, stats = jnp.zeros_like(main), []
         hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
         for depth in range(1, self.cfg.mtp.depth + 1):
-            hidden_BSD, shards = after(main + mtp, (hidden_BSD, module_at(self.mtp, depth - 1)))
-            module = gather_for_use(shards, self.mesh, dtype)
-            hidden_BSD = after(module, hidden_BSD)
+            module = gather_for_use(module_at(self.mtp, depth - 1), self.mesh, dtype)
             length = embedded_BSD.shape[1] - depth
             own_segments = None if segments is None else segments[:, :length]
             hidden_BSD, block_stats = module(

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float, Int
 from moejax.ops.exchange import Visits, assign_slots, combine, dispatch, dispatch_choices, find_visits
 from moejax.ops.experts import routed_swiglu, sort_by_expert
 from moejax.ops.hops import Exchange
-from moejax.ops.order import after
 from moejax.ops.routing import expert_counts
 from moejax.ops.varying import vary_over, zeros_varying
 
@@ -110,7 +109,7 @@ def _round(
     hop, each = exchange.hops[0], _experts_each(experts, exchange)
     slots = assign_slots(choices.visits, number, hop)
     rows = checkpoint_name(dispatch(x, slots, hop), "dispatched")
-    received = dispatch_choices(choices.ids, after(rows, weights), slots, each, hop)
+    received = dispatch_choices(choices.ids, weights, slots, each, hop)
     ids_SK, weights_SK = checkpoint_name(received, "dispatched_choices")
     rest = dataclasses.replace(exchange, hops=exchange.hops[1:])
     y, inner = _exchanged(rows, weights_SK, experts, ids_SK, rest, keep)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 def vary_over(x: Array, axes: Iterable[str]) -> Array:
     """`x`, marked as varying over the manual mesh axes `axes` too; the values are the same."""
     missing = set(axes) - set(jax.typeof(x).manual_axis_type.varying)
-    return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+    return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x  # a set has no order of its own
 
 
 def vary_like(x: Array, like: Array) -> Array:

@@ -398,8 +398,14 @@ def _layer_of(stack: Tree, index: Any) -> Tree:
 
 
 def _added(stack: Tree, index: Array, more: Tree) -> Tree:
-    """The stack with something added to one of its layers."""
-    return jax.tree.map(lambda all, part: _put(all, _get(all, index) + part, index), stack, more)
+    """The stack with something added to one of its layers; in one go, as the layer keeps its leading dim."""
+
+    def one(whole: Array, part: Array) -> Array:
+        start = _start(whole, (index,))
+        entry = lax.dynamic_slice(whole, start, (1, *part.shape)) + part.reshape(1, *part.shape)
+        return lax.dynamic_update_slice(whole, entry.astype(whole.dtype), start)
+
+    return jax.tree.map(one, stack, more)
 
 
 def _zeros(tree: Any) -> Any:

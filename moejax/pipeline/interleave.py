@@ -7,10 +7,13 @@ to compute. Here both are cut at their all-to-alls, C0 A0 C1 A1 ... and D0 A'0 D
 
 with an optimization barrier between two phases: in each the all-to-all of one chunk is in flight across the compute of
 the other (arXiv:2412.19437, figure 4). Where a side has fewer all-to-alls than the other, or has to cover two in a row,
-its compute is cut between its products.
+its compute is cut between its products. What no all-to-all waits for, or what waits for none, moves out of D0 and the
+last C, during which nothing is in flight.
 """
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +22,13 @@ from jax import lax
 from jaxtyping import Array
 
 from moejax.pipeline.backward import StageFunctions, evaluate, num_bytes, reached, value_of, variables
+
+# For `jax.jit` on GPUs. XLA's scheduler takes a loop over experts for next to nothing, and would start an all-to-all
+# after it; and it would let the collectives of a phase wait for each other, which are one after the other in any case.
+GPU_OPTIONS = {
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+}
 
 _EXCHANGES = {"all_to_all", "ragged_all_to_all"}
 _PRODUCTS = {"dot_general", "ragged_dot_general", "conv_general_dilated", "ffi_call"}
@@ -59,8 +69,10 @@ def interleave(
     """
     forward = _Side("F", forward_jaxpr, forward_args, num_weights[0])
     backward = _Side("B", backward_jaxpr, backward_args, num_weights[1])
-    forward.cut_further(len(backward.runs) - 1)
-    backward.cut_further(len(forward.runs))
+    backward.shorten_first()
+    forward.shorten_last()
+    forward.cut_further(len(backward.runs))
+    backward.cut_further(len(forward.runs), after=1)
     phases = _phases(forward, backward)
     for number, phase in enumerate(phases):
         for side, eqns in phase:
@@ -77,8 +89,8 @@ _Equations = list[jc.JaxprEqn]
 class _Side:
     """A program, cut, and the values found so far: compute 0, run 0, compute 1, and so on.
 
-    A run is a number of exchanges without a product between them, as where tokens travel in two hops; an exchange
-    begins with the equations that lead to it.
+    A run is a number of exchanges without products between them, as where tokens travel in two hops; an exchange begins
+    with the equations that lead to it.
     """
 
     def __init__(self, name: str, closed: jc.ClosedJaxpr, args: Sequence[Array], num_weights: int):
@@ -88,11 +100,24 @@ class _Side:
         self.holdable = reached(closed.jaxpr.eqns, closed.jaxpr.invars[num_weights:])
         self.computes, self.runs = _cut(closed.jaxpr.eqns)
 
-    def cut_further(self, count: int) -> None:
-        """Cuts the compute with most products in two until there are `count` places for runs."""
-        while len(self.runs) < count:
-            most = max(range(len(self.computes)), key=lambda i: _products(self.computes[i]))
-            if _products(self.computes[most]) < 2:
+    def shorten_first(self) -> None:
+        """Moves what the first run does not need behind it."""
+        if self.runs:
+            first, later = _leading(self.computes[0], _joined(self.runs[0]))
+            self.computes[:2] = [first, later + self.computes[1]]
+
+    def shorten_last(self) -> None:
+        """Moves what does not wait for the last run before it."""
+        if self.runs:
+            last, sooner = _waiting(self.computes[-1], _joined(self.runs[-1]))
+            self.computes[-2:] = [self.computes[-2] + sooner, last]
+
+    def cut_further(self, count: int, after: int = 0) -> None:
+        """Cuts the compute with most products in two until `count` of those after the first `after` have some."""
+        while sum(map(bool, map(_products, self.computes[after:]))) < count:
+            numbers = [len(_products(compute)) for compute in self.computes]
+            most = numbers.index(max(numbers))
+            if numbers[most] < 2:
                 return
             self.computes[most : most + 1] = _pieces(self.computes[most], 2)
             self.runs.insert(most, [])
@@ -107,63 +132,115 @@ def _cut(eqns: Sequence[jc.JaxprEqn]) -> tuple[list[_Equations], list[list[_Equa
     computes: list[_Equations] = [pieces[0]]
     runs: list[list[_Equations]] = []
     for exchange, piece in zip(exchanges, pieces[1:], strict=True):
-        if _products(computes[-1]):
+        if not runs or _products(computes[-1]):
             runs.append([exchange])
             computes.append(piece)
-            continue
-        if not runs:
-            runs.append([])
-            computes.insert(0, [])
-        runs[-1].append(computes[-1] + exchange)
-        computes[-1] = piece
+        else:
+            runs[-1].append(computes[-1] + exchange)
+            computes[-1] = piece
     return computes, runs
 
 
 def _between_exchanges(eqns: Sequence[jc.JaxprEqn]) -> tuple[list[_Equations], list[_Equations]]:
-    """What is between exchanges, and the exchanges: all-to-alls that do not wait for each other or for a product.
+    """What is between exchanges, and the exchanges: collectives that do not wait for each other or for a product.
 
     So the rows of a dispatch and what is sent with them are one exchange.
     """
     pieces: list[_Equations] = [[]]
     exchanges: list[_Equations] = []
-    after: set[jc.Var] = set()  # what depends on the last exchange
-
-    def waits(eqn: jc.JaxprEqn) -> bool:
-        return not after.isdisjoint(variables(eqn.invars))
-
     for eqn in eqns:
-        if eqn.primitive.name not in _EXCHANGES:
+        if not _is_sent(eqn):
             pieces[-1].append(eqn)
-            after |= set(eqn.outvars) if waits(eqn) else set()
-        elif not exchanges or waits(eqn) or _products(pieces[-1]):
+            continue
+        waiting, free = _waiting([*pieces[-1], eqn], exchanges[-1] if exchanges else [])
+        if not exchanges or eqn in waiting[-1:] or _products(pieces[-1]):
             exchanges.append([eqn])
             pieces.append([])
-            after = set(eqn.outvars)
         else:
-            pieces[-2] += [e for e in pieces[-1] if not waits(e)]
-            pieces[-1] = [e for e in pieces[-1] if waits(e)]
+            pieces[-2:] = [pieces[-2] + free[:-1], waiting]
             exchanges[-1].append(eqn)
-            after |= set(eqn.outvars)
     return pieces, exchanges
 
 
-def _pieces(eqns: _Equations, count: int) -> list[_Equations]:
-    """`eqns` in `count` pieces of as many products."""
-    done, total = 0, _products(eqns)
-    pieces: list[_Equations] = [[] for _ in range(count)]
+def _is_sent(eqn: jc.JaxprEqn) -> bool:
+    """Whether it is an all-to-all, or the gathering of one number, by which devices agree on rounds to come."""
+    name = eqn.primitive.name
+    return name in _EXCHANGES or (name == "all_gather" and not _shape(eqn.invars[0]))
+
+
+def _waiting(eqns: _Equations, on: _Equations) -> tuple[_Equations, _Equations]:
+    """The equations that wait for those of `on`, and the others."""
+    waiting: _Equations = []
+    made = {v for eqn in on for v in eqn.outvars}
     for eqn in eqns:
-        pieces[min(done * count // max(total, 1), count - 1)].append(eqn)
-        done += _num_products(eqn)
-    return pieces
+        if not made.isdisjoint(variables(eqn.invars)):
+            waiting.append(eqn)
+            made |= set(eqn.outvars)
+    return waiting, [eqn for eqn in eqns if eqn not in waiting]
 
 
-def _products(eqns: _Equations) -> int:
-    return sum(map(_num_products, eqns))
+def _leading(eqns: _Equations, to: _Equations) -> tuple[_Equations, _Equations]:
+    """The equations for which those of `to` wait, and the others."""
+    leading: _Equations = []
+    wanted = {v for eqn in to for v in variables(eqn.invars)}
+    for eqn in reversed(eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            leading.append(eqn)
+            wanted |= set(variables(eqn.invars))
+    return leading[::-1], [eqn for eqn in eqns if eqn not in leading]
+
+
+def _joined(lists: Iterable[_Equations]) -> _Equations:
+    return list(itertools.chain.from_iterable(lists))
+
+
+# ---------------------------------------------------------------------------------------------------------------- work
+
+
+def _pieces(eqns: _Equations, count: int) -> list[_Equations]:
+    """`eqns` in `count` pieces of about as much work; each has a product, if there are as many."""
+    done = list(itertools.accumulate(map(_work, eqns)))
+    ends = [i + 1 for i, eqn in enumerate(eqns) if _work(eqn)]
+    cuts = [0]
+    for piece in range(1, count):
+        places = [end for end in ends[: max(len(ends) - count + piece, 1)] if end > cuts[-1]]
+        aim = done[-1] * piece / count if done else 0
+        cuts.append(min(places, key=lambda end: abs(done[end - 1] - aim), default=len(eqns)))
+    return [eqns[a:b] for a, b in itertools.pairwise([*cuts, len(eqns)])]
+
+
+def _products(eqns: _Equations) -> _Equations:
+    return [eqn for eqn in eqns if _work(eqn)]
+
+
+def _work(eqn: jc.JaxprEqn) -> float:
+    """The operations of its products: exact for a plain one, about as many as there are for one in a loop or kernel.
+
+    A loop that may have any number of trips has none as a rule: the exchange's later rounds.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if not _num_products(eqn) or name == "while":
+        return 0.0
+    if name == "dot_general":
+        ((summed, _), _), left = params["dimension_numbers"], _shape(eqn.invars[0])
+        return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[dim] for dim in summed)
+    arrays = [*eqn.invars, *eqn.outvars[params.get("num_carry", 0) :]]
+    # of [m, k], [k, n] and [m, n] the root of the product of the sizes is m * k * n; a loop has a matrix for each trip
+    largest = sorted(math.prod(_shape(v)) for v in arrays)[-3:]
+    return 2.0 * math.sqrt(math.prod(largest) / params.get("length", 1))
+
+
+def _shape(v: jc.Var | jc.Literal) -> tuple[int, ...]:
+    aval: Any = v.aval
+    return aval.shape
 
 
 def _num_products(eqn: jc.JaxprEqn) -> int:
     inner = (e for jaxpr in jc.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
     return (eqn.primitive.name in _PRODUCTS) + sum(_num_products(e) for e in inner)
+
+
+# -------------------------------------------------------------------------------------------------------------- phases
 
 
 _Phase = list[tuple[_Side, _Equations]]
@@ -175,9 +252,12 @@ def _phases(forward: _Side, backward: _Side) -> list[_Phase]:
     if not count:
         return [[(backward, backward.computes[0]), (forward, forward.computes[0])]]
 
-    def beside(sending: _Side, runs: list, computing: _Side, compute: _Equations) -> list[_Phase]:
-        pieces = _pieces(compute, max(len(runs), 1))
-        return [[(sending, run), (computing, piece)] for run, piece in zip(runs or [[]], pieces, strict=True)]
+    def beside(sending: _Side, run: list[_Equations], computing: _Side, compute: _Equations) -> list[_Phase]:
+        phases: list[_Phase] = []
+        for exchange, piece in zip(run or [[]], _pieces(compute, max(len(run), 1)), strict=True):
+            start = max((i + 1 for i, eqn in enumerate(exchange) if _num_products(eqn)), default=0)  # after loops
+            phases += [[(sending, exchange[:start])], [(sending, exchange[start:]), (computing, piece)]]
+        return phases
 
     ahead, behind = ([*s.computes, *[[]] * (count + 1 - len(s.computes))] for s in (forward, backward))
     sent, sent_back = ([*s.runs, *[[]] * (count - len(s.runs))] for s in (forward, backward))

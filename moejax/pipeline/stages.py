@@ -23,7 +23,6 @@ from moejax.model.moe import RouterBias
 from moejax.model.shards import gather_for_step, gather_for_use, reduce
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
-from moejax.ops.order import sum_over
 from moejax.ops.varying import vary_over
 from moejax.pipeline.executor import Outcome, Work, run
 from moejax.pipeline.layout import lay_out
@@ -97,7 +96,7 @@ def gradients(
     program = program_of(config, to.num_parts // config.mesh.batch_shards)
     extras, stack = _parted(config, program, structure, params, biases)
     outcome = _run(config, program, extras, stack, batch, to)
-    dmodel = jax.tree.map(lambda g: sum_over(g, ("pipe",)), reduce(outcome.dextras, mesh_of_extras(config.mesh)))
+    dmodel = jax.tree.map(lambda g: lax.psum(g, "pipe"), reduce(outcome.dextras, mesh_of_extras(config.mesh)))
     dmodel.moe_blocks = from_copies(program, reduce(outcome.dstack, replace(config.mesh, pipe=1)))
     return nnx.split(dmodel, nnx.Param, RouterBias)[1], _losses(config, program, outcome)
 

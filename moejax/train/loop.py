@@ -41,7 +41,7 @@ from moejax.train.state import (
     stacked_as,
 )
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
-from moejax.train.together import CompiledTogether, everyones, introduce_devices, is_main, main_first, together
+from moejax.train.together import CompiledTogether, everyones, is_main, main_first, together
 
 logger = logging.getLogger("moejax")
 
@@ -83,7 +83,6 @@ def train(config: RunConfig, console: Console | None = None, devices: Sequence[j
     asked, config = config, resolve(config, len(devices or jax.devices()))
     mesh, folder = make_mesh(config.mesh, devices), Path(config.folder)
     require_pipeline(config, (plan.rows for plan in plan_steps(config, 0, 0)))
-    introduce_devices(mesh)
     together(lambda: _require_same_model(config, folder))
     together(lambda: _require_memory(config, abstract_state(config, mesh)))
     with ExitStack() as stack:

@@ -9,7 +9,6 @@ from jax.typing import DTypeLike
 
 from moejax.config import OptimizerConfig
 from moejax.ops.linear import FLOATS
-from moejax.ops.order import after, sum_over
 
 
 def make_optimizer(cfg: OptimizerConfig) -> optax.GradientTransformation:
@@ -48,10 +47,8 @@ def _sum_of_squares(tree: Any) -> jax.Array:
     for leaf in jax.tree.leaves(tree):
         axes = frozenset(jax.typeof(leaf).manual_axis_type.varying)
         by_axes[axes] = by_axes.get(axes, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
-    total = jnp.zeros(())
-    for axes, part in by_axes.items():
-        total += sum_over(after(total, part), tuple(axes))
-    return total
+    # sorted: the order of a set differs between processes, and with it who is who in a sum over devices
+    return sum((jax.lax.psum(part, tuple(sorted(axes))) for axes, part in by_axes.items()), jnp.zeros(()))
 
 
 def _store_state_as(inner: optax.GradientTransformation, dtype: DTypeLike) -> optax.GradientTransformation:

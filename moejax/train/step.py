@@ -22,9 +22,9 @@ from moejax.mesh import AXES, BATCH_AXES
 from moejax.model.shards import gather_for_step, reduce
 from moejax.model.transformer import Losses
 from moejax.ops.linear import FLOATS
-from moejax.ops.order import after, sum_over
 from moejax.ops.routing import update_bias
 from moejax.ops.varying import vary_over
+from moejax.pipeline.interleave import GPU_OPTIONS
 from moejax.pipeline.stages import Objective, counts_of_biases, evaluate, gradients, in_order
 from moejax.train.optimizer import clip, make_optimizer
 from moejax.train.state import TrainState, model_structure, state_specs
@@ -71,12 +71,11 @@ def make_train_step(
     dtype = FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
-        predicted = sum_over(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         shards = jax.lax.axis_size(BATCH_AXES)
         num_micro = batch.tokens.shape[0] * shards // config.rows_of_microbatch
         axes = BATCH_AXES if config.mesh.pipe == 1 else AXES
         params, router_bias = jax.tree.map(lambda x: vary_over(x, axes), (state.params, state.router_bias))
-        params = after(predicted, params)
         if config.mesh.pipe > 1:
             to = Objective(predicted, settings.mtp_weight, num_micro * shards)
             grads, losses = gradients(config, structure, params, router_bias, batch, to)
@@ -118,7 +117,7 @@ def make_train_step(
             settings: of this step.
         """
         grads, norm = clip(grads, config.optimizer.clip_norm)
-        losses = _summed(after(norm, losses), axes)
+        losses = jax.lax.psum(losses, axes)
         finite = (
             jnp.isfinite(losses.main) & jnp.isfinite(losses.mtp) & jnp.isfinite(losses.balance) & jnp.isfinite(norm)
         )
@@ -140,7 +139,8 @@ def make_train_step(
     specs = state_specs(config, mesh)
     inputs, outputs = (specs, P(BATCH_AXES), P()), (specs, P())
     local = jax.shard_map(step, mesh=mesh, in_specs=inputs, out_specs=outputs, axis_names=set(AXES))
-    return jax.jit(local, donate_argnums=0)
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    return jax.jit(local, donate_argnums=0, compiler_options=GPU_OPTIONS if on_gpu else None)
 
 
 def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
@@ -148,24 +148,17 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
     structure, dtype = model_structure(config), FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
-        predicted = sum_over(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
+        predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         if config.mesh.pipe > 1:
             params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
-            return sum_over(evaluate(config, structure, params, biases, batch).main, AXES), predicted
+            return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
         weights = gather_for_step(state.params, config.mesh, dtype)
         model = nnx.merge(structure, weights, state.router_bias)
         losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), dtype)
-        return sum_over(losses.main, BATCH_AXES), predicted
+        return jax.lax.psum(losses.main, BATCH_AXES), predicted
 
     specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
-
-
-def _summed(losses: Losses, axes: tuple[str, ...]) -> Losses:
-    """The losses of all devices: what is a floating-point number, then in one array what is whole."""
-    main, mtp, balance = sum_over((losses.main, losses.mtp, losses.balance), axes)
-    whole = sum_over(after(balance, jnp.append(losses.counts, losses.rounds)), axes)
-    return Losses(main, mtp, balance, whole[:-1].reshape(losses.counts.shape), whole[-1])
 
 
 def _segments(config: RunConfig, batch: Batch) -> Any:

@@ -3,17 +3,13 @@
 Every function here is called by all processes in the same order.
 """
 
-import itertools
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from moejax.config import ConfigError
 
@@ -53,25 +49,6 @@ def main_first(action: Callable[[], Result]) -> Result:
     """`action()` on the main process, then on the others, which find what it left on a disk that they share."""
     done = together(lambda: action() if is_main() else None)
     return together(lambda: action() if done is None else done)
-
-
-def introduce_devices(mesh: Mesh) -> None:
-    """Lets CPU devices of several processes meet in every group that a collective can name, one group at a time.
-
-    Two that meet for the first time give up after half a minute, and in a step each of them may wait in another group.
-    """
-    if jax.process_count() == 1 or mesh.devices.flat[0].platform != "cpu":
-        return
-    everyones(None)
-    axes = [axis for axis, length in mesh.shape.items() if length > 1]
-    for count in range(1, len(axes) + 1):
-        for group in itertools.permutations(axes, count):
-
-            def meet(group: tuple[str, ...] = group) -> jax.Array:
-                return jax.lax.all_gather(jnp.zeros(()), group)
-
-            local = jax.shard_map(meet, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False)
-            jax.block_until_ready(jax.jit(local)())
 
 
 class CompiledTogether:
