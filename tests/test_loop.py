@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.config import ConfigError
+from moejax.config import ConfigError, MeshConfig, PipelineConfig
 from moejax.train import loop
 from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.runlog import METRICS
@@ -107,3 +108,22 @@ def test_a_model_that_does_not_fit_in_memory_is_refused(run_config, change):
         ConfigError, match=r"model='\d.* parameters': wanted a model whose training state, here .* GB, fits"
     ):
         train(change(run_config, "model.dense_width", 10**9))
+
+
+@pytest.mark.slow
+def test_a_run_with_a_pipeline_goes_on_on_one_device(run_config, tmp_path):
+    """Three MoE layers on two stages: one place of the stacked parameters is empty."""
+    model = dataclasses.replace(run_config.model, num_layers=4)
+    pipeline, mesh = PipelineConfig(schedule="zb1p", microbatches=2), MeshConfig(pipe=2, data=1)
+    out = tmp_path / "pipeline"
+    config = dataclasses.replace(run_config, model=model, mesh=mesh, pipeline=pipeline, steps=2, out=str(out))
+    moejax.train(config, devices=jax.devices()[:2])
+    shutil.copytree(out, tmp_path / "one")
+    moejax.train(dataclasses.replace(config, steps=3), devices=jax.devices()[:2])
+    train(dataclasses.replace(config, steps=3, out=str(tmp_path / "one"), mesh=MeshConfig()))
+    want, got = (metrics_of(folder) for folder in (out, tmp_path / "one"))
+    assert [line["step"] for line in got] == [1, 2, 3]
+    for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "valid_loss"):
+        np.testing.assert_allclose(got[-1][key], want[-1][key], rtol=1e-5, err_msg=key)
+    tokens = np.arange(20, dtype=np.int32)[None]
+    np.testing.assert_allclose(moejax.load(out).logits(tokens), moejax.load(tmp_path / "one").logits(tokens), atol=1e-4)

@@ -126,6 +126,23 @@ def test_pipeline_equals_one_device(config, mesh, schedule, sharding, routing):
     assert_same_as_one_device(config, mesh_config, PipelineConfig(schedule=schedule), routing)
 
 
+@pytest.mark.slow
+def test_bf16_is_as_near_to_fp32_as_on_one_device(config):
+    """Of every parameter's gradient: the distance to FP32, of the pipeline and of one device, relative to its norm."""
+    rounded = dataclasses.replace(config, precision="bf16")
+    exact = trained(config, ONE_DEVICE, PipelineConfig(microbatches=4), "balanced", steps=1)[1]
+    one = trained(rounded, ONE_DEVICE, PipelineConfig(microbatches=4), "balanced", steps=1)[1]
+    *_, resolved = found = trained(rounded, MESHES["pipe 2"], PipelineConfig(schedule="dualpipe"), "balanced", steps=1)
+
+    def distances(moments, want):
+        pairs = zip(jax.tree.leaves(moments), jax.tree.leaves(want), strict=True)
+        return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+
+    of_one, of_pipeline = distances(one, exact), distances(found[1], reordered(resolved, exact))
+    assert (of_one > 1e-4).all()  # it is rounded
+    assert (of_pipeline < 2 * of_one + 1e-3).all()
+
+
 @pytest.mark.parametrize(
     ("mesh", "pipeline", "line"),
     [

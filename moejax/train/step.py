@@ -79,7 +79,7 @@ def make_train_step(
         if config.mesh.pipe > 1:
             to = Objective(predicted, settings.mtp_weight, num_micro * shards)
             grads, losses = gradients(config, structure, params, router_bias, batch, to)
-            return _apply(state, grads, losses, axes, num_micro * shards, settings)
+            return _apply(state, grads, jax.lax.psum(losses, AXES), num_micro * shards, settings)
         weights = gather_for_step(params, config.mesh, dtype)
 
         def objective(weights: nnx.State, micro: Batch) -> tuple[Array, Losses]:
@@ -96,28 +96,14 @@ def make_train_step(
             return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
 
         grads, losses = _accumulate(objective, weights, batch, num_micro)
-        return _apply(state, reduce(grads, config.mesh), losses, axes, num_micro * shards, settings)
+        losses = jax.lax.psum(losses, BATCH_AXES)
+        return _apply(state, reduce(grads, config.mesh), losses, num_micro * shards, settings)
 
     def _apply(
-        state: TrainState,
-        grads: nnx.State,
-        losses: Losses,
-        axes: tuple[str, ...],
-        num_parts: int,
-        settings: StepSettings,
+        state: TrainState, grads: nnx.State, losses: Losses, num_parts: int, settings: StepSettings
     ) -> tuple[TrainState, Metrics]:
-        """The state after the step.
-
-        Args:
-            state: that before it.
-            grads: summed over all devices, in shards.
-            losses: those of this device; they are summed over `axes`.
-            axes: over which the losses vary.
-            num_parts: micro-batches of all devices.
-            settings: of this step.
-        """
+        """The state after the step; `num_parts`: micro-batches of all devices."""
         grads, norm = clip(grads, config.optimizer.clip_norm)
-        losses = jax.lax.psum(losses, axes)
         finite = (
             jnp.isfinite(losses.main) & jnp.isfinite(losses.mtp) & jnp.isfinite(losses.balance) & jnp.isfinite(norm)
         )
