@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import MeshConfig
 from moejax.mesh import AXES, make_mesh
 from moejax.ops.varying import vary_over
-from moejax.pipeline.executor import KINDS, Work, run
+from moejax.pipeline.cells import KINDS, Work
+from moejax.pipeline.executor import run
 from moejax.pipeline.mirror import from_copies, to_copies
 from moejax.pipeline.replay import cells_of
 from moejax.pipeline.schedule import named

@@ -59,7 +59,8 @@ from moejax.config import (
 from moejax.data.batches import Batch
 from moejax.mesh import AXES, make_mesh, resolve, simulate
 from moejax.ops.varying import vary_over
-from moejax.pipeline.executor import Work, run
+from moejax.pipeline.cells import Work
+from moejax.pipeline.executor import run
 from moejax.pipeline.stages import program_of, require_pipeline, table_of
 from moejax.pipeline.table import Table
 from moejax.train.state import new_state

@@ -24,7 +24,8 @@ from moejax.model.shards import gather_for_step, gather_for_use, reduce
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
-from moejax.pipeline.executor import Outcome, Work, run
+from moejax.pipeline.cells import Outcome, Work
+from moejax.pipeline.executor import run
 from moejax.pipeline.layout import lay_out
 from moejax.pipeline.mirror import from_copies, to_copies
 from moejax.pipeline.schedule import Program, forward_only, named
