@@ -47,7 +47,9 @@ def resolve(config: RunConfig, num_devices: int) -> RunConfig:
         ConfigError: the mesh is not one of `num_devices` devices, or the model or batch does not divide over it.
     """
     mesh, pipeline = _filled(config.mesh, num_devices), config.pipeline
-    micro = pipeline.microbatches or pipeline.least_microbatches(mesh.pipe)
+    if pipeline.schedule == "dualpipe" and mesh.pipe > 1 and mesh.pipe % 2:
+        raise ConfigError("mesh.pipe", mesh.pipe, f"an even number for dualpipe; the nearest: {mesh.pipe - 1}")
+    micro = pipeline.microbatches or _microbatches(config, mesh)
     pipeline = dataclasses.replace(pipeline, microbatches=micro)
     config = dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
     _require_division(config.model, mesh)
@@ -57,6 +59,14 @@ def resolve(config: RunConfig, num_devices: int) -> RunConfig:
         wanted = f"a multiple of {micro * shards}, {axes} for each of pipeline.microbatches={micro}"
         raise ConfigError("data.batch_size", batch, wanted)
     return config
+
+
+def _microbatches(config: RunConfig, mesh: MeshConfig) -> int:
+    """As few as the schedule can do with and the batch divides into; if it does not, as few as the schedule can."""
+    batch, least = config.data.batch_size, config.pipeline.least_microbatches(mesh.pipe)
+    step = 2 if config.pipeline.schedule == "dualpipe" and mesh.pipe > 1 else 1
+    fit = (n for n in range(least, batch + 1, step) if batch % (n * mesh.batch_shards) == 0)
+    return next(fit, least)
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from moejax.config import ConfigError, MeshConfig
+from moejax.config import ConfigError, DataConfig, MeshConfig, PipelineConfig, RunConfig
 from moejax.mesh import AXES, batch_part, make_mesh, resolve, simulate
 
 
@@ -41,7 +41,8 @@ def test_one_length_is_whatever_is_left(resolved):
         (16, {"data": 1, "expert": 16, "batch_size": 16}, r"num_experts=8: wanted a multiple of mesh.expert=16"),
         (8, {"batch_size": 12}, r"data.batch_size=12: wanted a multiple of 8, mesh.replica=1 x mesh.data=8"),
         (16, {"data": 16}, r"model.vocab_size=264: wanted a multiple of the 16 shards .*hsdp leaves"),
-        (2, {"pipe": 2, "data": 1, "batch_size": 6}, r"pipeline.microbatches=4: wanted a divisor of data.batch_size=6"),
+        (3, {"pipe": 3, "data": 1}, "mesh.pipe=3: wanted an even number for dualpipe; the nearest: 2"),
+        (2, {"pipe": 2, "data": 1, "batch_size": 2}, r"pipeline.microbatches=4: wanted a divisor of data.batch_size=2"),
     ],
     ids=[
         "too few devices",
@@ -50,6 +51,7 @@ def test_one_length_is_whatever_is_left(resolved):
         "experts",
         "batch",
         "a dim of the model",
+        "an odd pipe",
         "pipe",
     ],
 )
@@ -88,3 +90,17 @@ def test_simulate_after_jax_has_started_is_one_line():
     simulate(len(jax.devices()))  # what there is already
     with pytest.raises(ConfigError, match=r"simulate=3: wanted to be set before JAX starts; it has 8 cpu devices"):
         simulate(3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pipe", "batch_size", "want"),
+    [("dualpipe", 2, 6, 6), ("dualpipe", 2, 10, 10), ("dualpipe", 4, 20, 10), ("zb1p", 3, 20, 4), ("gpipe", 1, 7, 1)],
+)
+def test_microbatches_are_as_few_as_the_schedule_needs_and_the_batch_divides_into(schedule, pipe, batch_size, want):
+    config = RunConfig(
+        steps=1,
+        mesh=MeshConfig(pipe=pipe, data=1),
+        pipeline=PipelineConfig(schedule=schedule),
+        data=DataConfig(batch_size=batch_size, virtual_shards=1),
+    )
+    assert resolve(config, pipe).pipeline.microbatches == want
