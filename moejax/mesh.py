@@ -47,8 +47,6 @@ def resolve(config: RunConfig, num_devices: int) -> RunConfig:
         ConfigError: the mesh is not one of `num_devices` devices, or the model or batch does not divide over it.
     """
     mesh, pipeline = _filled(config.mesh, num_devices), config.pipeline
-    if pipeline.schedule == "dualpipe" and mesh.pipe > 1 and mesh.pipe % 2:
-        raise ConfigError("mesh.pipe", mesh.pipe, f"an even number for dualpipe; the nearest: {mesh.pipe - 1}")
     micro = pipeline.microbatches or _microbatches(config, mesh)
     pipeline = dataclasses.replace(pipeline, microbatches=micro)
     config = dataclasses.replace(config, mesh=mesh, pipeline=pipeline)

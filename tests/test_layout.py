@@ -103,9 +103,9 @@ def test_costs_of_the_stages_are_those_of_the_model(name):
 
 def test_places_of_a_line_are_in_the_order_of_the_stages():
     layout = Layout(4, 1, (1, 0, 3, 2))
-    assert (layout.depth, layout.first_layer, layout.is_even) == (3, (0, 1, 1, 4), False)
+    assert (layout.depth, layout.first_layer) == (3, (0, 1, 1, 4))
     assert layout.layer_of_slot == (0, -1, -1, -1, -1, -1, 1, 2, 3, 4, 5, -1)
-    assert Layout(2, 1, (3, 3)).layer_of_slot == (0, 1, 2, 3, 4, 5) and Layout(2, 1, (3, 3)).is_even
+    assert Layout(2, 1, (3, 3)).layer_of_slot == (0, 1, 2, 3, 4, 5)
 
 
 def test_places_of_a_v_are_in_the_order_of_the_ranks():
@@ -123,7 +123,7 @@ def test_every_layer_has_one_place(ranks, chunks, data):
     slots = layout.layer_of_slot
     assert len(slots) == ranks * chunks * layout.depth
     assert sorted(slot for slot in slots if slot >= 0) == list(range(sum(layers)))
-    assert layout.is_even == (-1 not in slots)
+    assert (len(set(layers)) == 1) == (-1 not in slots)
 
 
 def test_a_model_is_drawn_alike_with_its_layers_in_any_place(model_config):

@@ -123,7 +123,7 @@ def test_a_run_with_a_pipeline_goes_on_on_one_device(run_config, tmp_path):
     train(dataclasses.replace(config, steps=3, out=str(tmp_path / "one"), mesh=MeshConfig()))
     want, got = (metrics_of(folder) for folder in (out, tmp_path / "one"))
     assert [line["step"] for line in got] == [1, 2, 3]
-    for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
+    for key in ("loss", "mtp_loss", "balance_loss", "grad_norm", "valid_loss"):
         np.testing.assert_allclose(got[-1][key], want[-1][key], rtol=1e-5, err_msg=key)
     tokens = np.arange(20, dtype=np.int32)[None]
     np.testing.assert_allclose(moejax.load(out).logits(tokens), moejax.load(tmp_path / "one").logits(tokens), atol=1e-4)

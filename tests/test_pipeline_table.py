@@ -211,32 +211,3 @@ def test_half_of_the_microbatches_goes_up():
     rows = build(dualpipe(2, 4)).rows
     assert (rows.f_microbatch[0, 0], rows.f_microbatch[0, 1]) == (0, 2)
     assert (rows.f_stage[0, 0], rows.f_stage[0, 1]) == (0, 0)
-
-
-# ------------------------------------------------------------------------------------------------------- steady state
-
-
-def test_in_the_steady_state_all_ranks_run_pairs_and_exchange_with_one_neighbour():
-    table = build(dualpipe(16, 120))
-    first, end = table.steady
-    assert end - first == 88
-    assert {table.kinds[kind] for kind in table.rows.cell[first:end].flat} == {("F", "B")}
-    even = {(rank, rank ^ 1) for rank in range(16)}
-    odd = {(rank + 1, (rank ^ 1) + 1) for rank in range(14)}
-    for index in table.transfer[first : end - 1]:
-        assert [set(edges) for edges in table.transfers[index]] in ([even, even], [odd, odd])
-
-
-@settings(deadline=None)
-@given(programs())
-def test_steady_state_is_the_longest_stretch_that_repeats(program):
-    table = build(program)
-
-    def is_steady(first, end):
-        cell, transfer = table.rows.cell[first:end], table.transfer[first:end]
-        return all(len(table.kinds[kind]) == 2 for kind in cell.flat) and (transfer[2:] == transfer[:-2]).all()
-
-    first, end = table.steady
-    assert (end - first) % 2 == 0 and is_steady(first, end)
-    longer = end - first + 2
-    assert not any(is_steady(at, at + longer) for at in range(table.num_slots - longer + 1))

@@ -11,7 +11,7 @@ What jax does not promise to leave as it is, the form of traced programs, is rea
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core as jc
@@ -100,24 +100,22 @@ def trace_stage(
     stage: Callable[[Any, Any], tuple[Any, Any]],
     params: Any,
     x: Any,
-    save: Literal["residuals", "input"] = "residuals",
 ) -> StageFunctions:
     """Traces `stage(params, x) -> (y, aux)`, inside `jax.shard_map` or outside of it, and splits its backward pass.
 
     Layers stand one after the other in `stage`: of a scan over layers the weights' gradients cannot be split off.
-    `jax.checkpoint` inside it says what is saved; the forward pass is computed again in I.
+    What the backward pass reads is saved, except parameters and what follows from them. `jax.checkpoint` inside or
+    around the stage says otherwise, `x` alone for example; the forward pass is then computed again in I.
 
     Args:
         stage: everything that differs between micro-batches is in `x`; other arrays that it reads are the same always.
         params: a pytree of arrays, or of shapes.
         x: a pytree of arrays, or of shapes.
-        save: "residuals": what the backward pass reads, except parameters and what follows from them; "input": `x`,
-            from which the backward pass computes the forward pass again.
 
     Raises:
         TypeError: something that follows from `x` is marked as equal on devices on which it is not.
     """
-    whole, outputs, pull = _trace_forward(jax.checkpoint(stage) if save == "input" else stage, params, x)
+    whole, outputs, pull = _trace_forward(stage, params, x)
     num_params, arguments, results = len(jax.tree.leaves(params)), whole.jaxpr.invars, whole.jaxpr.outvars
     values, leaves = results[: outputs.num_leaves], results[outputs.num_leaves :]
     of_input = reached(whole.jaxpr.eqns, arguments[num_params:])

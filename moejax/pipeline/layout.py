@@ -47,11 +47,6 @@ class Layout:
         slots = self.layer_of_slot
         return tuple(slots.index(layer) for layer in range(sum(self.layers)))
 
-    @property
-    def is_even(self) -> bool:
-        """Whether all stages have as many layers, so that no place is empty."""
-        return len(set(self.layers)) == 1
-
     def stages_of_rank(self, rank: int) -> tuple[int, ...]:
         """The stages of which a rank keeps the parameters, in the order in which they are stacked."""
         return (rank, len(self.layers) - 1 - rank)[: self.chunks]

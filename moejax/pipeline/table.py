@@ -99,24 +99,6 @@ class Table:
         """Slots from the start of the step to its end."""
         return len(self.transfer)
 
-    @property
-    def steady(self) -> tuple[int, int]:
-        """The longest stretch of slots, [first, end), in which all ranks run joined pairs.
-
-        Transfers alternate with period 2 there, and the length is even: a loop over pairs of slots needs no choice.
-        (0, 0) where there is none.
-        """
-        joined = np.array([len(kind) == 2 for kind in self.kinds])[self.rows.cell].all(axis=1)
-        best, first = (0, 0), 0
-        for slot in range(self.num_slots):
-            if not joined[slot]:
-                first = slot + 1
-            elif slot >= first + 2 and self.transfer[slot] != self.transfer[slot - 2]:
-                first = slot - 1
-            length = (slot + 1 - first) // 2 * 2
-            best = max(best, (first, first + length), key=lambda stretch: stretch[1] - stretch[0])
-        return best
-
 
 def build(program: Program, costs: Costs = UNIT) -> Table:
     """Lays a program out in slots. `costs`: by which cells and transfers are timed, each above 0.

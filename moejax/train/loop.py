@@ -277,10 +277,8 @@ class _Run:
 
     def _place_validation(self) -> list[tuple[Batch, float]]:
         """The validation batches on the devices, with the bytes of text that each predicts."""
-        # a pipeline works on several micro-batches at a time
-        rows = self.config.rows_of_microbatch if self.config.mesh.pipe == 1 else self.config.data.batch_size
         token_bytes = self.data.tokenizer.token_bytes
-        batches = self.data.valid_batches(self.config.log.valid_batches, rows)
+        batches = self.data.valid_batches(self.config.log.valid_batches, self.config.data.batch_size)
         own = [float(token_bytes[batch.tokens[:, 1:]][batch.loss_mask[:, 1:]].sum()) for batch in batches]
         parts = dict(everyones((self.data.host, own))).values()  # processes that hold the same rows say the same
         return [(place(batch, self.mesh), sum(texts)) for batch, *texts in zip(batches, *parts, strict=True)]

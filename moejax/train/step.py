@@ -130,7 +130,10 @@ def make_train_step(
 
 
 def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[Array, Array]]:
-    """The compiled `(state, batch) -> (summed loss in nats, predicted tokens)` of the main model."""
+    """The compiled `(state, batch) -> (summed loss in nats, predicted tokens)` of the main model.
+
+    A batch goes through in `pipeline.microbatches` parts, as in training.
+    """
     structure, dtype = model_structure(config), FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
@@ -140,8 +143,12 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
             return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
         weights = gather_for_step(state.params, config.mesh, dtype)
         model = nnx.merge(structure, weights, state.router_bias)
-        losses = model.losses(batch.tokens, batch.loss_mask, _segments(config, batch), dtype)
-        return jax.lax.psum(losses.main, BATCH_AXES), predicted
+
+        def nats(micro: Batch) -> Array:
+            return model.losses(micro.tokens, micro.loss_mask, _segments(config, micro), dtype).main
+
+        summed = jax.lax.map(nats, _micro_batches(batch, config.pipeline.num_microbatches)).sum()
+        return jax.lax.psum(summed, BATCH_AXES), predicted
 
     specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
@@ -156,14 +163,17 @@ def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro:
     gradient = jax.grad(objective, has_aux=True)
     if num_micro == 1:
         return gradient(params, batch)
-    micro_batches = jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[1:]), batch)
 
     def add(total: nnx.State, micro: Batch) -> tuple[nnx.State, Losses]:
         grads, losses = gradient(params, micro)
         return jax.tree.map(jnp.add, total, grads), losses
 
-    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro_batches)
+    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), _micro_batches(batch, num_micro))
     return grads, jax.tree.map(lambda x: x.sum(0), losses)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def _updated_bias(bias: nnx.State, counts: list[Array], speed: Any) -> nnx.State:
