@@ -16,12 +16,14 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import MeshConfig
 from moejax.mesh import AXES, make_mesh
 from moejax.ops.varying import vary_over
-from moejax.pipeline.cells import KINDS, Work
+from moejax.pipeline.carry import KINDS, Work
+from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
 from moejax.pipeline.mirror import from_copies, to_copies
 from moejax.pipeline.replay import cells_of
-from moejax.pipeline.schedule import named
+from moejax.pipeline.schedule import named, unpiped
 from moejax.pipeline.table import build
+from moejax.pipeline.whole import WholePasses
 
 ROWS, DIM, DSTAT = 5, 8, 0.3
 
@@ -88,7 +90,8 @@ def compiled_for_mesh(program, layers, stack, extras):
         dstats = vary_over(jnp.float32(DSTAT), AXES), None
         work = Work(layer, lambda m: vary_over(m, AXES), enter, leave, dstats, layers)
         rows, x = jax.tree.map(lambda column: column[:, 0], rows), vary_over(jnp.zeros((ROWS, DIM)), AXES)
-        outcome = run(table, rows, work, to_copies(program, stack), extras, x, keep_record=True)
+        cells = Cells(table, work, to_copies(program, stack), extras, x)
+        outcome = run(table, rows, cells, keep_record=True)
         dextras, sums = jax.lax.psum((outcome.dextras, outcome.sums), AXES)
         dstack, stats = (from_copies(program, copies) for copies in (outcome.dstack, outcome.stats))
         return dstack, dextras, stats, sums, outcome.ran[None]
@@ -165,4 +168,31 @@ def test_gradients_sums_and_what_ran(ranks, schedule, microbatches):
     stack, extras = weights(sum(layers))
     *got, ran, table = run_on_mesh(program, layers, stack, extras)
     assert_close(tuple(got), one_device(stack, extras, microbatches))
+    assert_ran_as_planned(program, table, ran)
+
+
+def test_without_stages_micro_batches_pass_forward_and_back_one_after_the_other():
+    program = unpiped(3)
+    table, (stack, extras) = build(program), weights(4)
+    rows = jax.tree.map(lambda column: jnp.asarray(column)[:, 0], table.rows)
+
+    def objective(model, microbatch):
+        x, stats = enter(model["extras"], microbatch), []
+        for index in range(4):
+            x, found = layer({"w": model["stack"]["w"][index]}, (x, microbatch))
+            stats.append(found)
+        loss, sums = leave(model["extras"], x, microbatch)
+        return loss + DSTAT * sum(square for square, _ in stats), sums
+
+    def local(stack, extras):
+        model = jax.tree.map(lambda x: vary_over(x, AXES), {"stack": stack, "extras": extras})
+        outcome = run(table, rows, WholePasses(objective, model), keep_record=True)
+        return jax.lax.psum((outcome.dextras, outcome.sums), AXES), outcome.ran[None]
+
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    on_mesh = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=(P(), P(AXES)))
+    given = jax.device_put((stack, extras), NamedSharding(mesh, P()))
+    (gradients, sums), ran = jax.device_get(jax.jit(on_mesh)(*given))
+    want_stack, want_extras, _, want_sums = one_device(stack, extras, 3)
+    assert_close((gradients["stack"], gradients["extras"], sums), (want_stack, want_extras, want_sums))
     assert_ran_as_planned(program, table, ran)

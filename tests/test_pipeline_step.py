@@ -103,27 +103,35 @@ MESHES = {
     "pipe 8": MeshConfig(pipe=8, data=1),
 }
 FAST = [
-    ("pipe 2", "zb1p", "zero1", "balanced"),
-    ("pipe 2 x data 2 x expert 2", "dualpipe", "zero1", "skewed"),
+    ("pipe 2", "zb1p", None, "zero1", "balanced"),
+    ("pipe 2 x data 2 x expert 2", "dualpipe", None, "zero1", "skewed"),
 ]
 SLOW = [
-    ("pipe 2", "gpipe", "hsdp", "skewed"),
-    ("pipe 2", "one_f_one_b", "zero1", "skewed"),
-    ("pipe 2", "dualpipe_v", "zero1", "skewed"),
-    ("pipe 4 x expert 2", "dualpipe", "fsdp", "all on two experts"),
-    ("pipe 8", "dualpipe", "zero1", "balanced"),
+    ("pipe 2", "gpipe", None, "hsdp", "skewed"),
+    ("pipe 2", "one_f_one_b", 8, "zero1", "skewed"),
+    ("pipe 2", "dualpipe_v", None, "zero1", "skewed"),
+    ("pipe 2 x data 2 x expert 2", "dualpipe_v", 8, "hsdp", "all on two experts"),
+    ("pipe 4 x expert 2", "dualpipe", None, "fsdp", "all on two experts"),
+    ("pipe 4 x expert 2", "dualpipe", 16, "hsdp", "skewed"),
+    ("pipe 4 x expert 2", "one_f_one_b", 8, "fsdp", "skewed"),
+    ("pipe 4 x expert 2", "zb1p", 16, "hsdp", "two groups and the rest empty"),
+    ("pipe 8", "dualpipe", None, "zero1", "balanced"),
+    ("pipe 8", "dualpipe", 32, "fsdp", "skewed"),
+    ("pipe 8", "zb1p", 16, "zero1", "skewed"),
 ]
 
 
 def cases():
     for case in FAST + SLOW:
-        yield pytest.param(*case, id=", ".join(case), marks=pytest.mark.slow if case in SLOW else ())
+        words = [str(part) for part in case if part is not None]
+        yield pytest.param(*case, id=", ".join(words), marks=pytest.mark.slow if case in SLOW else ())
 
 
-@pytest.mark.parametrize(("mesh", "schedule", "sharding", "routing"), list(cases()))
-def test_pipeline_equals_one_device(config, mesh, schedule, sharding, routing):
+@pytest.mark.parametrize(("mesh", "schedule", "microbatches", "sharding", "routing"), list(cases()))
+def test_pipeline_equals_one_device(config, mesh, schedule, microbatches, sharding, routing):
     mesh_config = dataclasses.replace(MESHES[mesh], sharding=sharding)
-    assert_same_as_one_device(config, mesh_config, PipelineConfig(schedule=schedule), routing)
+    pipeline = PipelineConfig(schedule=schedule, microbatches=microbatches)
+    assert_same_as_one_device(config, mesh_config, pipeline, routing)
 
 
 @pytest.mark.slow

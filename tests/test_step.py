@@ -1,11 +1,15 @@
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moejax.data.batches import Batch
 from moejax.mesh import one_device_mesh
 from moejax.model.count import train_flops_per_token
-from moejax.train.state import abstract_state, new_state
+from moejax.train.state import abstract_state, model_structure, new_state
 from moejax.train.step import StepSettings, make_eval_step, make_train_step, place
 
 SETTINGS = StepSettings(learning_rate=np.float32(1e-3), bias_update_speed=np.float32(0.01), mtp_weight=np.float32(0.3))
@@ -44,6 +48,25 @@ def test_microbatches_add_up_to_the_whole_batch(run_config, change):
     # Adam's first moment after one step is (1 - beta1) times the clipped gradient: every parameter's gradient
     assert_trees_close(cut.opt_state[0].mu, whole.opt_state[0].mu, rtol=2e-5)
     assert_trees_close(cut.router_bias, whole.router_bias, rtol=0)
+
+
+def test_gradients_are_those_of_the_whole_batchs_mean_loss(run_config, change):
+    """Of four micro-batches through the executor, against one differentiation of the model on all rows."""
+    config, mesh = change(run_config, "pipeline.microbatches", 4), one_device_mesh()
+    batch, state = batch_of(config), new_state(config, mesh)
+    mask = np.random.default_rng(1).random(batch.tokens.shape) < 0.8
+
+    def objective(params, biases):
+        model = nnx.merge(model_structure(config), params, biases)
+        losses = model.losses(jnp.asarray(batch.tokens), jnp.asarray(mask), None, jnp.float32)
+        return (losses.main + SETTINGS.mtp_weight * losses.mtp) / mask[:, 1:].sum() + losses.balance
+
+    want = jax.device_get(jax.jit(jax.grad(objective))(*jax.device_get((state.params, state.router_bias))))
+    norm = np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(want)))
+    factor = 0.1 * min(1, config.optimizer.clip_norm / norm)  # of Adam's first moment
+    got, metrics = run(config, [dataclasses.replace(batch, loss_mask=mask)])
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    assert_trees_close(got.opt_state[0].mu, jax.tree.map(lambda g: factor * g, want), rtol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

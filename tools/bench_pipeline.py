@@ -59,7 +59,8 @@ from moejax.config import (
 from moejax.data.batches import Batch
 from moejax.mesh import AXES, make_mesh, resolve, simulate
 from moejax.ops.varying import vary_over
-from moejax.pipeline.cells import Work
+from moejax.pipeline.carry import Work
+from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
 from moejax.pipeline.stages import program_of, require_pipeline, table_of
 from moejax.pipeline.table import Table
@@ -222,7 +223,8 @@ def empty_step(table: Table) -> Callable[[], None]:
         rank, layers = jax.lax.axis_index("pipe"), (1,) * program.num_stages
         work = Work(layer, lambda m: None, lambda extras, m: extras, leave, vary_over(jnp.ones(()), AXES), layers)
         columns = jax.tree.map(lambda column: jnp.asarray(column)[:, rank], table.rows)
-        return jax.lax.psum(run(table, columns, work, stack, x, jnp.zeros_like(x)).dstack, AXES)
+        cells = Cells(table, work, stack, x, jnp.zeros_like(x))
+        return jax.lax.psum(run(table, columns, cells).dstack, AXES)
 
     mesh = make_mesh(MeshConfig(pipe=program.num_ranks, data=1), jax.devices()[: program.num_ranks])
     arrays = jnp.ones((program.num_chunks, dim, dim)), jnp.ones((rows, dim))

@@ -13,9 +13,6 @@ from moejax.launch.meeting import meet
 from moejax.launch.place import Place, find_place
 
 LAUNCHER_PIPE = "MOEJAX_LAUNCHER_PIPE"  # variable with the number of a pipe whose other end the launcher holds
-# With it on, XLA for CPU starts collectives of one program in different orders on different processes, and gloo takes
-# one for another.
-SCHEDULER_OFF = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 LEAVE_SECONDS = 5  # in which the others may leave too, for the same reason
 
 
@@ -59,7 +56,6 @@ def join(config: RunConfig) -> RunConfig:
 def _start_jax(place: Place, seconds: int) -> None:
     import jax
 
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {SCHEDULER_OFF}".strip()
     handler = signal.getsignal(signal.SIGTERM)
     jax.distributed.initialize(
         place.coordinator,

@@ -70,9 +70,7 @@ class StageFunctions:
 
     def backward_input(self, params: Any, residuals: Sequence[Array], dy: Any, daux: Any) -> tuple[Any, list[Array]]:
         """`(dx, kept)`; the recomputation of what was not saved happens here."""
-        found = _run(self.input_jaxpr, jax.tree.leaves((params, residuals, dy, daux)))
-        num_dx = self._dx.num_leaves
-        return jax.tree.unflatten(self._dx, found[:num_dx]), found[num_dx:]
+        return self.input_results(_run(self.input_jaxpr, jax.tree.leaves((params, residuals, dy, daux))))
 
     def backward_weight(self, params: Any, residuals: Sequence[Array], kept: Sequence[Array]) -> Any:
         """`dparams`, from the residuals numbered `weight_residuals` and what `backward_input` kept.
@@ -94,6 +92,11 @@ class StageFunctions:
         """The results of `backward` out of those of `backward_jaxpr`."""
         num_dx = self._dx.num_leaves
         return jax.tree.unflatten(self._dx, found[:num_dx]), jax.tree.unflatten(self._dparams, found[num_dx:])
+
+    def input_results(self, found: Sequence[Array]) -> tuple[Any, list[Array]]:
+        """The results of `backward_input` out of those of `input_jaxpr`."""
+        num_dx = self._dx.num_leaves
+        return jax.tree.unflatten(self._dx, found[:num_dx]), list(found[num_dx:])
 
 
 def trace_stage(

@@ -3,73 +3,42 @@
 A stage is a number of like layers, and a cell loops over them. A layer is traced once (`backward.trace_stage`): neither
 the layers nor the micro-batches nor the copies of the parameters make the program longer. What its forward leaves for
 its backward, and that for the weight gradients that are put off, lies in pools whose entries the table gives out. In a
-joined cell layer j of the forward runs woven with the j-th last layer of the backward (`interleave`).
+joined cell layer j of the forward runs woven with the j-th last layer of the backward (`interleave`); the weights'
+gradients of the layer that is last are left to be computed while what the cell has to send is under way.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from moejax.pipeline.backward import StageFunctions, trace_stage
+from moejax.pipeline.carry import JOINED, Carry, Outcome, Row, Work, with_outcome
 from moejax.pipeline.interleave import interleave_stages
 from moejax.pipeline.pools import added, get, layer_of, loop, put, varying, when, zero_results, zeros
-from moejax.pipeline.table import Rows, Table
-
-Row: TypeAlias = Any  # `Rows` whose columns are jax arrays: those of one rank, or one number of each
-jax.tree_util.register_dataclass(Rows)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the cells do. Micro-batches are numbers below the table's `num_microbatches`."""
-
-    layer: Callable[[Any, tuple[Array, Any]], tuple[Array, Any]]  # (weights, (x, integers)) -> (x, stats)
-    integers: Callable[[Array], Any]  # what the layers read of a micro-batch beside x
-    enter: Callable[[Any, Array], Array]  # (extras, micro-batch) -> the first stage's x
-    leave: Callable[[Any, Array, Array], tuple[Array, Any]]  # (extras, last x, micro-batch) -> (objective, sums)
-    dstats: Any  # cotangents of a layer's stats; None for integers
-    layers: tuple[int, ...]  # how many each stage has
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Outcome:
-    """What a rank has after the last slot; everything is its own sum over its micro-batches."""
-
-    dstack: Any  # float32 gradients of the layers of all copies
-    dextras: Any  # float32 gradients of what enters and leaves
-    stats: Any  # of the layers of all copies: [layers, ...]
-    sums: Any  # of `leave`
-    ran: Array  # int32 [slots, ops of a cell, 3]: 1 + place in KINDS, stage, micro-batch; without slots unless kept
-
-
-@jax.tree_util.register_dataclass
-@dataclass
-class Carry:
-    """What goes from slot to slot."""
-
-    hidden: Array  # [entries, rows, positions, dim]
-    residual: list[Array]  # [layers of a stage, entries, ...]
-    deferred: list[Array]
-    taken: list[Array]  # what one layer's forward left: out of `residual`, for a joined cell
-    outcome: Outcome
-
-
-KINDS = "FBIW"
-JOINED = ("F", "B")
+from moejax.pipeline.table import Table
 
 
 class Cells:
     """The cells of one rank."""
 
     def __init__(self, table: Table, work: Work, stack: Any, extras: Any, x: Array):
+        """Traces a layer.
+
+        Args:
+            table: the static part of the schedule.
+            work: the functions of the model.
+            stack: the weights of all parameter copies' layers that this rank holds, [copies x most layers of a stage,
+                ...], varying over every mesh axis. A stage that has fewer layers uses the first places.
+            extras: the weights that `enter` and `leave` read, varying likewise.
+            x: an array like those between the stages.
+        """
         self.table, self.work, self.stack, self.extras = table, work, stack, extras
+        self.x = x
         self.layer_input = x, work.integers(jnp.zeros((), jnp.int32))
         self.functions: StageFunctions = trace_stage(work.layer, layer_of(stack, 0), self.layer_input)
         self.num_stages, self.depth = table.program.num_stages, max(work.layers)
@@ -77,9 +46,9 @@ class Cells:
         # leaf 0 of a layer's input is x; the others are integers that can be looked up again
         self.stored = [i for i, leaf in enumerate(self.functions.residual_inputs) if not leaf]
 
-    def start(self, x: Array, keep_record: bool) -> Carry:
+    def start(self, record: Array) -> Carry:
         """Empty pools and sums."""
-        table, functions = self.table, self.functions
+        table, functions, x = self.table, self.functions, self.x
 
         def pool(entries: int, like: Any) -> Array:
             return jnp.zeros((self.depth, entries, *like.shape), like.dtype)
@@ -91,13 +60,14 @@ class Cells:
             dextras=zeros(self.extras),
             stats=jax.tree.map(lambda s: jnp.zeros((number_of_layers, *s.shape), s.dtype), stats),
             sums=zero_results(self.work.leave, self.extras, x, jnp.zeros((), jnp.int32)),
-            ran=jnp.zeros((table.num_slots if keep_record else 0, 2, 3), jnp.int32),
+            ran=record,
         )
         residual = [pool(table.num_residual, functions.residuals[i]) for i in self.stored] if self.keeps else []
         deferred = [pool(table.num_deferred, like) for like in functions.kept] if table.num_deferred else []
         taken = [jnp.zeros(pool.shape[2:], pool.dtype) for pool in residual] if JOINED in table.kinds else []
         hidden = jnp.zeros((table.num_hidden + 1, *x.shape), x.dtype)
-        return varying(Carry(hidden, residual, deferred, taken, outcome))
+        late = [jnp.zeros(like.shape, like.dtype) for like in functions.kept] if JOINED in table.kinds else []
+        return varying(Carry(hidden, residual, deferred, taken, late, outcome))
 
     def run(self, kind: tuple[str, ...], carry: Carry, row: Row) -> Carry:
         """One cell."""
@@ -131,16 +101,52 @@ class Cells:
         return self.end_backward(carry, row, dx)
 
     def joined(self, carry: Carry, row: Row) -> Carry:
-        """A forward and the backward of another micro-batch, woven; what one has more layers runs alone."""
+        """A forward and the backward of another micro-batch, woven; what one has more layers runs alone.
+
+        The last layers are woven too, but for the weights' gradients, which `late` computes.
+        """
         carry = self.enter(self.leave(carry, row), row)
         x, dx = get(carry.hidden, row.f_x), get(carry.hidden, row.b_g)
-        ahead, behind = self.num_layers(row.f_stage), self.num_layers(row.b_stage)
+        ahead, behind, last = self.num_layers(row.f_stage), self.num_layers(row.b_stage), self.num_late(row)
+
+        def woven(count: Array, state: tuple[Carry, Array, Array]) -> tuple[Carry, Array, Array]:
+            return self.woven_layers(row, count, behind - 1 - count, False, state)
+
+        def woven_last(zero: Array, state: tuple[Carry, Array, Array]) -> tuple[Carry, Array, Array]:
+            return self.woven_layers(row, ahead - 1 + zero, zero, True, state)
+
         both = jnp.minimum(ahead, behind) if isinstance(ahead, Array) else ahead
-        carry, x, dx = loop(0, both, functools.partial(self.woven_layers, row), (carry, x, dx))
+        carry, x, dx = loop(0, both - last, woven, (carry, x, dx))
         if both is not ahead:
-            carry, x = loop(both, ahead, functools.partial(self.forward_layer, row), (carry, x))
-            carry, dx = loop(both, behind, functools.partial(self.backward_layer, row, False), (carry, dx))
+            carry, x = loop(both - last, ahead - last, functools.partial(self.forward_layer, row), (carry, x))
+            backward = functools.partial(self.backward_layer, row, False)
+            carry, dx = loop(both - last, behind - last, backward, (carry, dx))
+        carry, x, dx = self.once(row, woven_last, (carry, x, dx))
         return self.end_backward(self.end_forward(carry, row, x), row, dx)
+
+    def num_late(self, row: Row) -> Any:
+        """Layers whose weights' gradients a joined cell leaves to `late`: one, unless a stage has no layers."""
+        if min(self.work.layers):
+            return 1
+        return jnp.minimum(jnp.minimum(self.num_layers(row.f_stage), self.num_layers(row.b_stage)), 1)
+
+    def once(self, row: Row, function: Callable[[Any, Any], Any], state: Any) -> Any:
+        """`function(0, state)`, as often as there are layers of which something is late."""
+        if min(self.work.layers):
+            return function(jnp.zeros_like(row.cell), state)
+        return loop(0, self.num_late(row), function, state)
+
+    def late(self, carry: Carry, row: Row) -> Carry:
+        """The weights' gradients that the last cell, a joined one, has left."""
+
+        def layer(index: Array, carry: Carry) -> Carry:
+            residuals = self.with_integers(carry.taken, row.b_microbatch)
+            read = [residuals[i] for i in self.functions.weight_residuals]
+            dweights = self.functions.backward_weight(self.weights(row.b_copy, index), read, carry.late)
+            return self.with_gradient(carry, row.b_copy, index, dweights)
+
+        with jax.named_scope("W"):
+            return self.once(row, layer, carry)
 
     def weight_gradients(self, carry: Carry, row: Row) -> Carry:
         """Those that a backward put off."""
@@ -176,23 +182,27 @@ class Cells:
         pools = zip(carry.deferred, kept, strict=True)
         return dataclasses.replace(carry, deferred=[put(pool, v, index, row.b_deferred) for pool, v in pools]), dx
 
-    def woven_layers(self, row: Row, count: Array, state: tuple[Carry, Array, Array]) -> tuple[Carry, Array, Array]:
-        """Layer `count` of the forward, and the backward's layer that has `count` layers after it."""
+    def woven_layers(
+        self, row: Row, ahead: Array, behind: Array, put_off: bool, state: tuple[Carry, Array, Array]
+    ) -> tuple[Carry, Array, Array]:
+        """Layer `ahead` of the forward and layer `behind` of the backward; with `put_off` for `late` to end."""
         carry, x, dx = state
-        index = self.num_layers(row.b_stage) - 1 - count
-        carry = self.take(carry, row, index)
-        (x, stats, saved), ((dx, _), dweights) = interleave_stages(
+        carry = self.take(carry, row, behind)
+        (x, stats, saved), ((dx, _), left) = interleave_stages(
             self.functions,
-            self.weights(row.f_copy, count),
+            self.weights(row.f_copy, ahead),
             (x, self.work.integers(row.f_microbatch)),
             self.functions,
-            self.weights(row.b_copy, index),
+            self.weights(row.b_copy, behind),
             self.with_integers(carry.taken, row.b_microbatch),
             dx,
             self.work.dstats,
+            put_off,
         )
-        carry = self.with_forward(carry, row, count, stats, saved)
-        return self.with_gradient(carry, row.b_copy, index, dweights), x, dx
+        carry = self.with_forward(carry, row, ahead, stats, saved)
+        if put_off:
+            return dataclasses.replace(carry, late=left), x, dx
+        return self.with_gradient(carry, row.b_copy, behind, left), x, dx
 
     # ----------------------------------------------------------------------------------------- before and after layers
 
@@ -214,7 +224,7 @@ class Cells:
             return jax.tree.map(jnp.add, sums, self.work.leave(self.extras, y, row.f_microbatch + z)[1])
 
         sums = when(row.f_stage == self.num_stages - 1, leave, carry.outcome.sums)
-        return _with_outcome(carry, sums=sums)
+        return with_outcome(carry, sums=sums)
 
     def leave(self, carry: Carry, row: Row) -> Carry:
         """In the last stage: the losses of its output, whose entry takes their gradient."""
@@ -228,7 +238,7 @@ class Cells:
 
         state = carry.hidden, carry.outcome.dextras, carry.outcome.sums
         hidden, dextras, sums = when(row.b_stage == self.num_stages - 1, leave, state)
-        return _with_outcome(dataclasses.replace(carry, hidden=hidden), dextras=dextras, sums=sums)
+        return with_outcome(dataclasses.replace(carry, hidden=hidden), dextras=dextras, sums=sums)
 
     def end_backward(self, carry: Carry, row: Row, dx: Array) -> Carry:
         """Gives the gradient on; in the first stage to what enters, whose forward is computed again."""
@@ -237,7 +247,7 @@ class Cells:
             _, pull = jax.vjp(lambda extras: self.work.enter(extras, row.b_microbatch + z), self.extras)
             return jax.tree.map(jnp.add, dextras, pull(dx)[0])
 
-        carry = _with_outcome(carry, dextras=when(row.b_stage == 0, enter, carry.outcome.dextras))
+        carry = with_outcome(carry, dextras=when(row.b_stage == 0, enter, carry.outcome.dextras))
         return dataclasses.replace(carry, hidden=put(carry.hidden, dx, row.b_x))
 
     # ----------------------------------------------------------------------------------------- what the ranks keep
@@ -285,22 +295,8 @@ class Cells:
             pools = zip(residual, self.stored, strict=True)
             residual = [put(pool, saved[i], index, row.f_residual) for pool, i in pools]
         stats = added(carry.outcome.stats, row.f_copy * self.depth + index, stats)
-        return _with_outcome(dataclasses.replace(carry, residual=residual), stats=stats)
+        return with_outcome(dataclasses.replace(carry, residual=residual), stats=stats)
 
     def with_gradient(self, carry: Carry, copy: Array, index: Array, dweights: Any) -> Carry:
         """A layer's gradient, added up."""
-        return _with_outcome(carry, dstack=added(carry.outcome.dstack, copy * self.depth + index, dweights))
-
-
-def recorded(carry: Carry, kind: tuple[str, ...], row: Row, slot: Array) -> Carry:
-    """Notes what a cell runs."""
-    ran = carry.outcome.ran
-    for place, op in enumerate(kind):
-        name = {"F": "f", "W": "w"}.get(op, "b")
-        entry = [jnp.full_like(row.cell, 1 + KINDS.index(op)), getattr(row, f"{name}_stage")]
-        ran = put(ran, jnp.stack([*entry, getattr(row, f"{name}_microbatch")]), slot, jnp.full_like(slot, place))
-    return _with_outcome(carry, ran=ran)
-
-
-def _with_outcome(carry: Carry, **changes: Any) -> Carry:
-    return dataclasses.replace(carry, outcome=dataclasses.replace(carry.outcome, **changes))
+        return with_outcome(carry, dstack=added(carry.outcome.dstack, copy * self.depth + index, dweights))

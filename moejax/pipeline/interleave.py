@@ -43,16 +43,21 @@ def interleave_stages(
     residuals: Sequence[Array],
     dy: Any,
     daux: Any,
+    put_off: bool = False,
 ) -> tuple[tuple[Any, Any, list[Array]], tuple[Any, Any]]:
-    """`ahead.forward(params, x)` and `behind.backward(params_behind, residuals, dy, daux)`, woven."""
+    """`ahead.forward(params, x)` and `behind.backward(params_behind, residuals, dy, daux)`, woven.
+
+    With `put_off` it is `behind.backward_input`.
+    """
     outputs, gradients = interleave(
         ahead.forward_jaxpr,
         jax.tree.leaves((params, x)),
-        behind.backward_jaxpr,
+        behind.input_jaxpr if put_off else behind.backward_jaxpr,
         jax.tree.leaves((params_behind, residuals, dy, daux)),
         num_weights=(ahead.num_params, behind.num_params),
     )
-    return ahead.forward_results(outputs), behind.backward_results(gradients)
+    results = behind.input_results if put_off else behind.backward_results
+    return ahead.forward_results(outputs), results(gradients)
 
 
 def interleave(

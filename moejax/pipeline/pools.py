@@ -32,7 +32,8 @@ def loop(start: Any, end: Any, function: Callable[[Any, Tree], Tree], state: Tre
     """`lax.fori_loop`, whose counter may vary over the mesh."""
     if isinstance(end, Array):
         start = jnp.zeros_like(end) + start
-
+    elif start == end:
+        return state
     return lax.fori_loop(start, end, function, state)
 
 

@@ -36,7 +36,7 @@ class Op(NamedTuple):
         return f"{self.kind}{self.chunk}.{self.microbatch}"
 
 
-Cell = tuple[Op, ...]  # what a rank runs as one unit: one op, or the F and the B of a joined pair
+Cell = tuple[Op, ...]  # what a rank runs as one unit: one op, the F and the B of a joined pair, or those of one pass
 
 
 class Event(NamedTuple):
@@ -118,6 +118,13 @@ class Program:
 
 
 # --------------------------------------------------------------------------------------------------------- schedules
+
+
+def unpiped(microbatches: int) -> Program:
+    """One stage: each micro-batch passes forward and back in one cell."""
+    _require_positive(1, microbatches)
+    cells = tuple((Op("F", 0, microbatch), Op("B", 0, microbatch)) for microbatch in range(microbatches))
+    return Program("unpiped", "line", microbatches, (cells,))
 
 
 def gpipe(stages: int, microbatches: int) -> Program:

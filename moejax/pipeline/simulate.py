@@ -112,7 +112,8 @@ def simulate(program: Program, costs: Costs = UNIT) -> Timeline:
     while awake:
         rank = awake.popleft()
         for cell in program.cells[rank][len(spans[rank]) :]:
-            needs = [event for op in cell for event in program.needs(rank, op)]
+            own = [event_of(rank, op) for op in cell]
+            needs = [event for op in cell for event in program.needs(rank, op) if event not in own]
             missing = next((event for event in needs if event not in ended), None)
             if missing is not None:
                 asleep.setdefault(missing, []).append(rank)
@@ -120,7 +121,7 @@ def simulate(program: Program, costs: Costs = UNIT) -> Timeline:
             arrived = [ended[event] + (costs.send if event.rank != rank else 0.0) for event in needs]
             start = max([spans[rank][-1].end if spans[rank] else 0.0, *arrived])
             spans[rank].append(Span(start, start + costs.cell(cell), cell))
-            for event in (event_of(rank, op) for op in cell):
+            for event in own:
                 ended[event] = spans[rank][-1].end
                 awake.extend(asleep.pop(event, ()))
     if asleep:
@@ -141,7 +142,7 @@ def event_of(rank: int, op: Op) -> Event:
 def check(program: Program) -> None:
     """Raises ScheduleError unless every micro-batch has F, and B or I and W, once on each stage.
 
-    A program without any backward needs F only. In a joined pair F comes first, and its partner is a B.
+    A program without any backward needs F only. In a cell of two F comes first, and its partner is a B.
     """
     forward_only = program.is_forward_only
     for rank, cells in enumerate(program.cells):

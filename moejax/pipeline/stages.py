@@ -5,7 +5,7 @@ what comes after (final norm, head, loss, MTP modules) with the last; both are o
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,19 +17,21 @@ from jax import lax
 from jaxtyping import Array
 
 from moejax.config import ConfigError, MeshConfig, RunConfig
-from moejax.mesh import AXES
+from moejax.mesh import AXES, BATCH_AXES
 from moejax.model.block import Block, run_block
 from moejax.model.moe import RouterBias
 from moejax.model.shards import gather_for_step, gather_for_use, reduce
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
-from moejax.pipeline.cells import Outcome, Work
+from moejax.pipeline.carry import Outcome, Work
+from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
 from moejax.pipeline.layout import lay_out
 from moejax.pipeline.mirror import from_copies, to_copies
-from moejax.pipeline.schedule import Program, forward_only, named
+from moejax.pipeline.schedule import Program, forward_only, named, unpiped
 from moejax.pipeline.table import Table, build
+from moejax.pipeline.whole import WholePasses
 
 
 def mesh_of_extras(cfg: MeshConfig) -> MeshConfig:
@@ -40,10 +42,14 @@ def mesh_of_extras(cfg: MeshConfig) -> MeshConfig:
 def program_of(config: RunConfig, microbatches: int | None = None) -> Program:
     """The schedule that a run asks for, on a mesh that is resolved; None: of a full batch's micro-batches.
 
+    Without a pipeline every micro-batch passes through the whole model and back, whatever the schedule's name.
+
     Raises:
         ConfigError: the mesh or the micro-batches do not fit the schedule.
     """
     cfg, pipe = config.pipeline, config.mesh.pipe
+    if pipe == 1:
+        return unpiped(microbatches or cfg.num_microbatches)
     stages = 2 * pipe if cfg.schedule == "dualpipe_v" else pipe
     try:
         return named(cfg.schedule, stages, microbatches or cfg.num_microbatches, max_deferred_w=cfg.max_deferred_w)
@@ -80,6 +86,16 @@ class Objective:
     mtp_weight: Any  # a number
     num_parts: int  # micro-batches of all devices: the balance losses are means over them
 
+    def of(self, losses: Losses) -> tuple[Array, Losses]:
+        """What a micro-batch's losses add to the objective, and the losses in its units."""
+        scaled = replace(
+            losses,
+            main=losses.main / self.predicted,
+            mtp=losses.mtp / self.predicted,
+            balance=losses.balance / self.num_parts,
+        )
+        return scaled.main + self.mtp_weight * scaled.mtp + scaled.balance, scaled
+
 
 def gradients(
     config: RunConfig,
@@ -94,53 +110,58 @@ def gradients(
     It stands in `jax.shard_map`; all arrays vary over every mesh axis. The counts have the main layers in the order of
     the ranks (`Layout.layer_of_slot`), then the MTP modules'.
     """
-    program = program_of(config, to.num_parts // config.mesh.batch_shards)
-    extras, stack = _parted(config, program, structure, params, biases)
-    outcome = _run(config, program, extras, stack, batch, to)
+    program = program_of(config, to.num_parts // lax.axis_size(BATCH_AXES))
+    outcome = _run(config, program, nnx.merge(structure, params, biases), batch, to)
     dmodel = jax.tree.map(lambda g: lax.psum(g, "pipe"), reduce(outcome.dextras, mesh_of_extras(config.mesh)))
-    dmodel.moe_blocks = from_copies(program, reduce(outcome.dstack, replace(config.mesh, pipe=1)))
+    if program.num_ranks > 1:
+        dmodel.moe_blocks = from_copies(program, reduce(outcome.dstack, replace(config.mesh, pipe=1)))
     return nnx.split(dmodel, nnx.Param, RouterBias)[1], _losses(config, program, outcome)
 
 
 def evaluate(config: RunConfig, structure: nnx.GraphDef, params: nnx.State, biases: nnx.State, batch: Any) -> Losses:
     """The losses of a batch, of which each device has its part, as in `gradients` but summed over the tokens."""
     program = forward_only(program_of(config))
-    extras, stack = _parted(config, program, structure, params, biases)
     to = Objective(jnp.ones(()), jnp.ones(()), 1)
-    return _losses(config, program, _run(config, program, extras, stack, batch, to))
+    return _losses(config, program, _run(config, program, nnx.merge(structure, params, biases), batch, to))
 
 
-def _run(config: RunConfig, program: Program, extras: Transformer, stack: Block, batch: Any, to: Objective) -> Outcome:
-    table, rank, count = table_of(program), lax.axis_index("pipe"), program.num_microbatches
-    rows, length = batch.tokens.shape
-    shape = rows // count, length - 1, config.model.hidden_size
-    x = vary_over(jnp.zeros(shape, FLOATS[config.precision]), AXES)
+def _run(config: RunConfig, program: Program, model: Transformer, batch: Any, to: Objective) -> Outcome:
+    table, rank = table_of(program), lax.axis_index("pipe")
     columns = jax.tree.map(lambda column: jnp.asarray(column)[:, rank], table.rows)
-    return run(table, columns, _work(config, batch, to, count), stack, extras, x)
-
-
-def _parted(
-    config: RunConfig, program: Program, structure: nnx.GraphDef, params: nnx.State, biases: nnx.State
-) -> tuple[Transformer, Block]:
-    """The model without its MoE layers, and the layers of all copies that this rank holds."""
-    model = nnx.merge(structure, params, biases)
-    own, model.moe_blocks = model.moe_blocks, None
-    return model, gather_for_step(to_copies(program, own), config.mesh, FLOATS[config.precision])
-
-
-def _work(config: RunConfig, batch: Any, to: Objective, count: int) -> Work:
+    rows, length = batch.tokens.shape[0] // program.num_microbatches, batch.tokens.shape[1] - 1
+    batch = jax.tree.map(lambda x: vary_over(x.reshape(-1, rows, *x.shape[1:]), AXES), batch)
     dtype = FLOATS[config.precision]
-    batch = jax.tree.map(lambda x: vary_over(x.reshape(count, -1, *x.shape[1:]), AXES), batch)
+    if program.num_ranks == 1:
+        whole = gather_for_step(model, config.mesh, dtype)
+        return run(table, columns, WholePasses(_whole(config, batch, to), whole))
+    own, model.moe_blocks = model.moe_blocks, None
+    stack = gather_for_step(to_copies(program, own), config.mesh, dtype)
+    x = vary_over(jnp.zeros((rows, length, config.model.hidden_size), dtype), AXES)
+    return run(table, columns, Cells(table, _work(config, batch, to), stack, model, x))
 
-    def of(array: Array, microbatch: Array) -> Array:
-        return lax.dynamic_index_in_dim(array, microbatch, keepdims=False)
 
-    def segments(microbatch: Array) -> Array | None:
-        return of(batch.segment_ids, microbatch) if config.data.mask_documents else None
+def _whole(config: RunConfig, batch: Any, to: Objective) -> Callable[[Transformer, Array], tuple[Array, Losses]]:
+    """The objective of one of the micro-batches, `batch`'s first dim."""
+
+    def objective(model: Transformer, microbatch: Array) -> tuple[Array, Losses]:
+        tokens, segment_ids, mask = _micro_batch(config, batch, microbatch)
+        return to.of(model.losses(tokens, mask, segment_ids, FLOATS[config.precision]))
+
+    return objective
+
+
+def _micro_batch(config: RunConfig, batch: Any, number: Array) -> tuple[Array, Array | None, Array]:
+    """Tokens, segments and mask of one of `batch`'s first dim; without segments where documents are not masked."""
+    one = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, number, keepdims=False), batch)
+    return one.tokens, one.segment_ids if config.data.mask_documents else None, one.loss_mask
+
+
+def _work(config: RunConfig, batch: Any, to: Objective) -> Work:
+    dtype = FLOATS[config.precision]
 
     def integers(microbatch: Array) -> Any:
-        found = segments(microbatch)
-        return None if found is None else found[:, :-1]
+        _, segment_ids, _ = _micro_batch(config, batch, microbatch)
+        return None if segment_ids is None else segment_ids[:, :-1]
 
     def layer(block: Block, given: tuple[Array, Any]) -> tuple[Array, tuple[Array, Array, Array]]:
         x, segment_ids = given
@@ -150,21 +171,14 @@ def _work(config: RunConfig, batch: Any, to: Objective, count: int) -> Work:
         return x, (stats.balance_loss, stats.counts, stats.rounds)
 
     def embed(extras: Transformer, microbatch: Array) -> Array:
-        return extras.embed(of(batch.tokens, microbatch)[:, :-1], dtype)
+        return extras.embed(_micro_batch(config, batch, microbatch)[0][:, :-1], dtype)
 
     def enter(extras: Transformer, microbatch: Array) -> Array:
         return extras.enter(embed(extras, microbatch), integers(microbatch))
 
     def leave(extras: Transformer, hidden: Array, microbatch: Array) -> tuple[Array, Losses]:
-        tokens, mask = of(batch.tokens, microbatch), of(batch.loss_mask, microbatch)
-        losses = extras.leave(hidden, embed(extras, microbatch), tokens, mask, segments(microbatch))
-        scaled = replace(
-            losses,
-            main=losses.main / to.predicted,
-            mtp=losses.mtp / to.predicted,
-            balance=losses.balance / to.num_parts,
-        )
-        return scaled.main + to.mtp_weight * scaled.mtp + scaled.balance, scaled
+        tokens, segment_ids, mask = _micro_batch(config, batch, microbatch)
+        return to.of(extras.leave(hidden, embed(extras, microbatch), tokens, mask, segment_ids))
 
     part = vary_over(jnp.full((), 1 / to.num_parts, jnp.float32), AXES)
     return Work(layer, integers, enter, leave, (part, None, None), lay_out(config).layers)
@@ -172,6 +186,8 @@ def _work(config: RunConfig, batch: Any, to: Objective, count: int) -> Work:
 
 def _losses(config: RunConfig, program: Program, outcome: Outcome) -> Losses:
     """The sums of a step: those of `leave`, and what the layers of the stages report."""
+    if program.num_ranks == 1:
+        return outcome.sums
     balance, own, rounds = from_copies(program, outcome.stats)
     slots = len(own) * program.num_ranks
     counts = jnp.zeros((slots, own.shape[1]), jnp.int32)

@@ -19,9 +19,7 @@ from jaxtyping import Array
 from moejax.config import RunConfig
 from moejax.data.batches import Batch
 from moejax.mesh import AXES, BATCH_AXES
-from moejax.model.shards import gather_for_step, reduce
 from moejax.model.transformer import Losses
-from moejax.ops.linear import FLOATS
 from moejax.ops.routing import update_bias
 from moejax.ops.varying import vary_over
 from moejax.pipeline.interleave import GPU_OPTIONS
@@ -68,36 +66,15 @@ def make_train_step(
     The batch's rows are a multiple of a micro-batch's, `data.batch_size / pipeline.microbatches`.
     """
     structure, optimizer = model_structure(config), make_optimizer(config.optimizer)
-    dtype = FLOATS[config.precision]
 
     def step(state: TrainState, batch: Batch, settings: StepSettings) -> tuple[TrainState, Metrics]:
         predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
         shards = jax.lax.axis_size(BATCH_AXES)
         num_micro = batch.tokens.shape[0] * shards // config.rows_of_microbatch
-        axes = BATCH_AXES if config.mesh.pipe == 1 else AXES
-        params, router_bias = jax.tree.map(lambda x: vary_over(x, axes), (state.params, state.router_bias))
-        if config.mesh.pipe > 1:
-            to = Objective(predicted, settings.mtp_weight, num_micro * shards)
-            grads, losses = gradients(config, structure, params, router_bias, batch, to)
-            return _apply(state, grads, jax.lax.psum(losses, AXES), num_micro * shards, settings)
-        weights = gather_for_step(params, config.mesh, dtype)
-
-        def objective(weights: nnx.State, micro: Batch) -> tuple[Array, Losses]:
-            losses = nnx.merge(structure, weights, router_bias).losses(
-                micro.tokens, micro.loss_mask, _segments(config, micro), dtype
-            )
-            per_token = Losses(
-                main=losses.main / predicted,
-                mtp=losses.mtp / predicted,
-                balance=losses.balance / (num_micro * shards),
-                counts=losses.counts,
-                rounds=losses.rounds,
-            )
-            return per_token.main + settings.mtp_weight * per_token.mtp + per_token.balance, per_token
-
-        grads, losses = _accumulate(objective, weights, batch, num_micro)
-        losses = jax.lax.psum(losses, BATCH_AXES)
-        return _apply(state, reduce(grads, config.mesh), losses, num_micro * shards, settings)
+        params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
+        to = Objective(predicted, settings.mtp_weight, num_micro * shards)
+        grads, losses = gradients(config, structure, params, biases, batch, to)
+        return _apply(state, grads, jax.lax.psum(losses, AXES), num_micro * shards, settings)
 
     def _apply(
         state: TrainState, grads: nnx.State, losses: Losses, num_parts: int, settings: StepSettings
@@ -134,46 +111,15 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch
 
     A batch goes through in `pipeline.microbatches` parts, as in training.
     """
-    structure, dtype = model_structure(config), FLOATS[config.precision]
+    structure = model_structure(config)
 
     def step(state: TrainState, batch: Batch) -> tuple[Array, Array]:
         predicted = jax.lax.psum(batch.loss_mask[:, 1:].sum(dtype=jnp.float32), BATCH_AXES)
-        if config.mesh.pipe > 1:
-            params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
-            return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
-        weights = gather_for_step(state.params, config.mesh, dtype)
-        model = nnx.merge(structure, weights, state.router_bias)
-
-        def nats(micro: Batch) -> Array:
-            return model.losses(micro.tokens, micro.loss_mask, _segments(config, micro), dtype).main
-
-        summed = jax.lax.map(nats, _micro_batches(batch, config.pipeline.num_microbatches)).sum()
-        return jax.lax.psum(summed, BATCH_AXES), predicted
+        params, biases = jax.tree.map(lambda x: vary_over(x, AXES), (state.params, state.router_bias))
+        return jax.lax.psum(evaluate(config, structure, params, biases, batch).main, AXES), predicted
 
     specs = (state_specs(config, mesh), P(BATCH_AXES))
     return jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=P(), axis_names=set(AXES)))
-
-
-def _segments(config: RunConfig, batch: Batch) -> Any:
-    return batch.segment_ids if config.data.mask_documents else None
-
-
-def _accumulate(objective: Callable, params: nnx.State, batch: Batch, num_micro: int) -> tuple[nnx.State, Losses]:
-    """Gradients and losses of the objective, summed over the micro-batches."""
-    gradient = jax.grad(objective, has_aux=True)
-    if num_micro == 1:
-        return gradient(params, batch)
-
-    def add(total: nnx.State, micro: Batch) -> tuple[nnx.State, Losses]:
-        grads, losses = gradient(params, micro)
-        return jax.tree.map(jnp.add, total, grads), losses
-
-    grads, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), _micro_batches(batch, num_micro))
-    return grads, jax.tree.map(lambda x: x.sum(0), losses)
-
-
-def _micro_batches(batch: Batch, count: int) -> Batch:
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
 
 def _updated_bias(bias: nnx.State, counts: list[Array], speed: Any) -> nnx.State:
