@@ -3,12 +3,14 @@
     moejax train CONFIG [--any.field value ...]      train; CONFIG is a Python file, a config.json or a run folder
     moejax show CONFIG [--any.field value ...]       the arrays of the training state and the stages of a pipeline
     moejax generate RUN --prompt TEXT [...]          text from a trained model
+    moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show or copy the checkpoints of a run
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax schedule NAME [--stages N ...]            a pipeline schedule as text and picture, and what it costs
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
-1 a bug; 2 the user's input; 3 hardware asked for is absent; 10 losses or gradients that are not finite.
+1 a bug; 2 the user's input; 3 hardware asked for is absent; 10 losses or gradients that are not finite; 11 a step that
+hung; 12 no checkpoint of the run is whole.
 """
 
 import argparse
@@ -17,8 +19,10 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+import psutil
 from rich.console import Console
 
 from moejax.config import ConfigError, DataConfig, RunConfig
@@ -26,7 +30,7 @@ from moejax.config_source import USAGE, load_config, override
 from moejax.launch.join import is_joined, join, leave
 from moejax.launch.local import is_launcher, run_processes
 
-DONE, BUG, USER, HARDWARE, NON_FINITE, INTERRUPTED = 0, 1, 2, 3, 10, 130
+DONE, BUG, USER, HARDWARE, NON_FINITE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 10, 12, 130  # 11: watchdog.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,6 +69,7 @@ def _run(words: list[str]) -> int:
         "train": _train,
         "show": _show,
         "generate": _generate,
+        "checkpoints": _checkpoints,
         "train-tokenizer": _train_tokenizer,
         "schedule": _schedule,
     }
@@ -93,13 +98,15 @@ def _train(words: list[str]) -> int:
     if is_launcher(config):
         return run_processes([sys.executable, "-m", "moejax", "train", *words], config)
     config = join(config)
-    from moejax.train.guard import NonFiniteError
+    from moejax.train.guard import DamagedError, NonFiniteError
     from moejax.train.loop import train
 
     try:
-        train(config)
+        train(config, began=psutil.Process().create_time())
     except NonFiniteError as error:
         return _fail(str(error), NON_FINITE)
+    except DamagedError as error:
+        return _fail(str(error), DAMAGED)
     return DONE
 
 
@@ -141,6 +148,46 @@ def _generate(words: list[str]) -> int:
     )
     print(options.prompt + text)
     return DONE
+
+
+def _checkpoints(words: list[str]) -> int:
+    parser = _Parser("checkpoints", "Lists, verifies, shows or copies the checkpoints of a run.")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    actions = (
+        "list: all; verify: compare files with their checksums; show: the arrays of one; copy: one to the folder TO"
+    )
+    choices = ("list", "verify", "show", "copy")
+    parser.add_argument("action", metavar="ACTION", nargs="?", default="list", choices=choices, help=actions)
+    parser.add_argument("step", metavar="STEP", nargs="?", type=int, help="its step; None: the newest, and verify all")
+    parser.add_argument("to", metavar="TO", nargs="?", help="folder that copy makes")
+    parser.add_argument("--json", action="store_true", help="list and show as JSON")
+    options = parser.parse_args(words)
+    from moejax.checkpoint import listing
+
+    if options.action == "list":
+        found = listing.entries(options.run)
+        _print_rows(listing.as_json(found) if options.json else listing.as_table(found))
+        return DONE
+    folders = listing.folders(options.run, options.step)
+    if options.action == "verify":
+        reports = [listing.report(folder) for folder in folders]
+        print("\n".join(line for lines, _ in reports for line in lines))
+        return DONE if all(whole for _, whole in reports) else DAMAGED
+    if options.action == "show":
+        arrays = listing.arrays(folders[-1])
+        _print_rows(listing.as_json(arrays) if options.json else listing.as_array_table(arrays))
+    elif options.to is None:
+        raise ConfigError("TO", None, "a folder for the copy: moejax checkpoints RUN copy STEP TO")
+    else:
+        print(f"{options.to}: {listing.copy(folders[-1], Path(options.to))} files, equal to {folders[-1]}")
+    return DONE
+
+
+def _print_rows(rows: object) -> None:
+    if isinstance(rows, list):
+        print(json.dumps(rows, indent=2))
+    else:
+        Console(width=150).print(rows)
 
 
 def _train_tokenizer(words: list[str]) -> int:

@@ -309,9 +309,11 @@ class LaunchConfig:
     process: int | None = None  # number of this process, from 0; None: as the launcher says
     coordinator: str | None = None  # HOST:PORT at which process 0 listens, and at no other address
     join_seconds: int = 300  # after which a process that is missing ends the run
+    restarts: int = 0  # times that a run which this machine starts is started again after a process has died or hung
 
     def __post_init__(self) -> None:
         _require_positive(self, "launch", "processes", "join_seconds")
+        _require_at_least_0(self, "launch", "restarts")
         number, count = self.process, self.processes
         good = number is None or 0 <= number < count
         _require(good, "launch.process", number, f"a number from 0 to {count - 1} (launch.processes={count})")
@@ -389,13 +391,18 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state of a run is saved."""
+    """When the state of a run is saved besides its end, what is kept, and how it is checked."""
 
-    every_steps: int | None = None  # None: only at the end and when stopped
+    every_steps: int | None = None  # None: not by steps
+    every_minutes: float | None = 30.0  # since the save before, or the start; None: not by time
     keep: int = 3  # newest checkpoints that are kept
+    keep_every: int | None = None  # those of steps that are multiples of it are kept for ever
+    keep_best: bool = True  # the one with the lowest validation loss is kept
+    verify: float = 1.0  # part of the bytes that is read before a run goes on; names and sizes are always checked
 
     def __post_init__(self) -> None:
-        _require_positive(self, "checkpoint", "every_steps", "keep")
+        _require_positive(self, "checkpoint", "every_steps", "every_minutes", "keep", "keep_every")
+        _require(0 <= self.verify <= 1, "checkpoint.verify", self.verify, "0 or more, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,6 +434,9 @@ class RunConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; master weights are FP32
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite, after which the run stops
+    # a step that takes longer ends the run with exit code 11; compiling, restoring, validating, saving and drawing may
+    # take 4 times as long. None: no limit
+    hang_seconds: float | None = 1800.0
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -439,7 +449,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "", "steps", "max_bad_steps", "simulate")
+        _require_positive(self, "", "steps", "max_bad_steps", "hang_seconds", "simulate")
         if self.simulate is not None:
             wanted = f"a multiple of launch.processes={self.launch.processes}"
             _require(self.simulate % self.launch.processes == 0, "simulate", self.simulate, wanted)

@@ -11,7 +11,7 @@ import pytest
 from moejax import cli
 from moejax.config import ConfigError, DataConfig, Phase, RunConfig, YarnConfig
 from moejax.config_source import load_config, override
-from moejax.train.guard import NonFiniteError
+from moejax.train.guard import DamagedError, NonFiniteError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = RunConfig(steps=3, data=DataConfig(train=("a.txt",)))
@@ -22,7 +22,7 @@ def trained(monkeypatch):
     """The configs that `moejax train` hands to the loop; what the fixture's `error` holds is raised by it."""
     seen = SimpleNamespace(configs=[], error=None)
 
-    def train(config):
+    def train(config, began):
         seen.configs.append(config)
         if seen.error:
             raise seen.error
@@ -184,9 +184,10 @@ def test_train_hands_the_overridden_config_to_the_loop(trained):
         (RuntimeError("Unable to initialize backend 'cuda': no devices\nmore"), 3),
         (OSError(errno.ENOSPC, "No space left on device"), 2),
         (NonFiniteError("loss at step 3"), 10),
+        (DamagedError("no checkpoint is whole"), 12),
         (KeyboardInterrupt(), 130),
     ],
-    ids=["user", "hardware", "full disk", "non-finite", "interrupt"],
+    ids=["user", "hardware", "full disk", "non-finite", "damaged", "interrupt"],
 )
 def test_exit_code(error, code, capsys, trained):
     trained.error = error
@@ -203,7 +204,7 @@ def test_bug_keeps_its_traceback(trained):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["trian"], "COMMAND='trian': wanted one of train, show, generate, train-tokenizer"),
+        (["trian"], "COMMAND='trian': wanted one of train, show, generate, checkpoints, train-tokenizer"),
         (["train"], "CONFIG='': wanted a config first"),
         (["train", "--steps", "3"], "CONFIG='--steps': wanted a config first"),
         (["generate"], "the following arguments are required: RUN"),

@@ -26,6 +26,7 @@ from moejax.launch.join import join
 from moejax.launch.local import is_launcher, run_processes
 from moejax.launch.meeting import meet
 from moejax.launch.place import Place, find_place
+from moejax.launch.restarts import FINAL, HARDWARE
 
 ROOT = Path(__file__).parents[1]
 ALONE = RunConfig(steps=1)
@@ -284,6 +285,7 @@ def test_another_server_at_the_address_is_not_process_0():
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(local, "OWN_END_SECONDS", 0.3)
+    monkeypatch.setattr(local, "KILLED_END_SECONDS", 0.3)
     monkeypatch.setattr(local, "TERMINATE_SECONDS", 0.3)
 
 
@@ -379,7 +381,7 @@ import json, pathlib, sys, types
 from moejax import RunConfig
 
 
-def train(config):
+def train(config, began):
     import jax, psutil
     import numpy as np
     from jax.experimental import multihost_utils
@@ -462,6 +464,22 @@ def test_slurm_script_starts_one_run(program, tmp_path):
     seen_by_two(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("code", "count", "requeued"),
+    [(137, "", True), (1, "", True), (11, "19", True), (11, "20", False)]
+    + [(code, "", False) for code in (0, HARDWARE, *FINAL)],
+)
+def test_slurm_script_requeues_what_another_attempt_may_change(code, count, requeued, tmp_path):
+    for name, text in (("srun", f"exit {code}"), ("scontrol", f"echo $@ > {tmp_path}/said")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    variables |= {"SLURM_RESTART_COUNT": count} if count else {}
+    assert subprocess.run([ROOT / "tools/launch/slurm.sh", "config.py"], env=variables).returncode == code
+    said = tmp_path / "said"
+    assert (said.read_text() if said.exists() else "") == ("requeue 77\n" if requeued else "")
+
+
 def test_jobset_says_the_same_everywhere():
     values = {"NAME": "v3", "HOSTS": 4, "GPUS": 8, "IMAGE": "i", "CLAIM": "c", "CONFIG": "configs/deepseek_v3.py"}
     text = (ROOT / "tools/launch/jobset.yaml").read_text()
@@ -475,4 +493,6 @@ def test_jobset_says_the_same_everywhere():
     words = [*container["command"], *container["args"]]
     config = moejax.load_config(ROOT / words[2], words[3:])
     assert find_place(config.launch, variables) == Place(coordinator=f"{pod}:55527", processes=4, process=0)
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    ends = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert ends["containerName"] == container["name"]
+    assert {*ends["values"], 130} == {HARDWARE, *FINAL}  # a terminal's second Ctrl-C does not come to a pod

@@ -16,7 +16,7 @@ import moejax
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ONE_DEVICE, CheckpointConfig, MeshConfig, OptimizerConfig, PipelineConfig, RunConfig
 from moejax.mesh import one_device_mesh
-from moejax.train.loop import checkpoint_parts
+from moejax.train.resume import checkpoint_parts
 from moejax.train.state import abstract_state
 
 
@@ -110,7 +110,8 @@ def test_every_process_makes_the_same_program(config, tmp_path):
 
 @pytest.mark.slow
 def test_training_in_two_processes_stops_resumes_and_equals_one(run_config, change, tmp_path):
-    config = replace(run_config, simulate=2, steps=30)
+    """On the way one file of the newest checkpoint, written by the second process, is damaged."""
+    config = replace(run_config, simulate=2, steps=30, checkpoint=CheckpointConfig(every_steps=1))
     whole = moejax.train(
         change(replace(config, simulate=None), "out", str(tmp_path / "whole")), devices=jax.devices()[:2]
     )
@@ -123,7 +124,14 @@ def test_training_in_two_processes_stops_resumes_and_equals_one(run_config, chan
     first.terminate()
     assert first.wait(timeout=300) == 0
     assert json.loads((Path(config.folder) / "summary.json").read_text())["ended"] == "stopped"
+    checkpoints = Path(config.folder) / "checkpoints"
+    newest = max(int(path.name) for path in checkpoints.iterdir())
+    file = max(checkpoints.glob(f"{newest}/optimizer/ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-1])
     subprocess.run(moejax_command("train", config.folder), check=True)  # with as many processes as before
+    log = (Path(config.folder) / "log.txt").read_text()
+    assert f"checkpoint {newest}: damaged: {file.relative_to(checkpoints / str(newest))}: 1 byte shorter" in log
+    assert f"resumed at step {newest - 1}/30" in log and (checkpoints / f"{newest}.damaged.1").is_dir()
     losses = [
         [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         for folder in (config.folder, whole.folder)

@@ -210,6 +210,33 @@ def test_full_disk_is_one_line(name, config, tmp_path):
             log.finish("finished")
 
 
+def test_full_disk_in_the_middle_is_borne_and_its_lines_come_later(config, tmp_path):
+    log, shown = open_log(config)
+    with log, open("/dev/full", "ab", buffering=0) as full:
+        log.step(metrics(1))
+        disk, log._files["metrics"] = log._files["metrics"], full
+        log.step(metrics(2))
+        log.step(metrics(3))
+        assert shown.getvalue().count("warning: out=") == 1 and "wanted a disk with space left" in shown.getvalue()
+        assert len(lines(config, "metrics")) == 1
+        log._files["metrics"] = disk
+        log.step(metrics(4))
+        assert [line["step"] for line in lines(config, "metrics")] == [1, 2, 3, 4]
+
+
+def test_event_that_was_cut_off_goes_before_the_next(config):
+    for kind in ("started", "resumed"):
+        log, _ = open_log(config)
+        with log:
+            log.event(kind)
+        with open(f"{config.folder}/events.jsonl", "ab") as file:
+            file.write(b'{"time": 1.0, "kind": "val\xff')  # killed while it wrote
+    log, _ = open_log(config)
+    with log:
+        log.finish("finished")
+    assert [event["kind"] for event in lines(config, "events")] == ["started", "resumed", "finished"]
+
+
 def test_full_disk_under_the_log_file_leaves_the_run_alone(config, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.txt").symlink_to("/dev/full")

@@ -1,55 +1,167 @@
-"""Checkpoints of a run, one folder a step, written and read by Orbax.
+"""Checkpoints of a run, one folder a step: written in the background, committed whole, verified before they are read.
 
-A checkpoint has named parts: pytrees of arrays, and `meta`, plain JSON. Orbax writes a step to a temporary folder and
-renames it when it is whole, so that a step which was being written when a run died is never taken for one.
+A checkpoint has named parts: pytrees of arrays, which Orbax writes, and `meta`, plain JSON. While it is written its
+folder is `<step>.saving`. When all processes are done, each adds the checksums of what it wrote (`integrity`), and the
+first renames the folder to `<step>`. So a folder whose name is a number was whole when it was made, and whether it
+still is can be checked. Damaged ones are kept aside, as `<step>.damaged.<n>`.
 """
 
-import contextlib
-import errno
+import itertools
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
+from moejax.checkpoint.commit import (
+    SAVING,
+    Failure,
+    Retention,
+    Saved,
+    Saving,
+    State,
+    entries,
+    failure_of,
+    first_cause,
+    has_ended,
+    orbax_settings,
+)
+from moejax.checkpoint.integrity import Damage, verify
 from moejax.config import ConfigError
+
+DAMAGED = ".damaged"
+POLL_SECONDS = 0.1  # between two looks at the other processes, while a save is waited for
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A checkpoint whose files were compared with their checksums."""
+
+    step: int
+    damages: tuple[Damage, ...]
+    files: int
+    bytes: int  # of these files
+    bytes_read: int  # by all processes
+    aside: str = ""  # the folder's new name, where it was kept aside; known to the first process
 
 
 class Checkpoints:
-    """The checkpoints in a folder: a context manager."""
+    """The checkpoints in a folder: a context manager. All processes of a run call its methods in the same order."""
 
-    def __init__(self, folder: str | Path, keep: int | None = None):
-        """`keep`: newest checkpoints that are kept; None: all. The folder is made by the first `save`."""
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells of every file
+    def __init__(
+        self,
+        folder: str | Path,
+        retention: Retention | None = None,
+        agree: Callable[[Any], list[Any]] = lambda value: [value],
+    ):
+        """The folder is made by the first `save`.
+
+        Args:
+            folder: on a disk that all processes share.
+            retention: None: nothing is deleted.
+            agree: gives every process's value to every process, in their order.
+        """
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file and of what it raises
         self.folder = Path(folder).absolute()
-        self._keep = keep
-        self._open: ocp.training.Checkpointer | None = None
+        self._retention, self._agree = retention, agree
+        self._saving: Saving | None = None
+        self._given_up = 0  # saves
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._open is not None:
-            self._open.close()
+        if self._saving is not None:  # of this process: after an error the others may not come to `wait`
+            self._saving.join()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that were committed, ascending."""
+        return sorted(int(entry.name) for entry in entries(self.folder) if entry.name.isdigit())
 
     @property
     def latest(self) -> int | None:
-        """The newest step that was written whole; None if there is none."""
-        if not self.folder.is_dir():
-            return None
-        newest = self._checkpointer().latest
-        return None if newest is None else newest.step
+        """The newest step that was committed; None if there is none."""
+        return max(self.steps, default=None)
 
-    def save(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> None:
-        """Writes a checkpoint, unless that step has one.
+    # ------------------------------------------------------------------------------------------------------------ save
+
+    def save(self, step: int, parts: dict[str, Any], meta: dict[str, Any]) -> Saved | None:
+        """Begins to write a checkpoint, unless that step has one; the arrays may be donated when it returns.
+
+        Whatever goes wrong is said by the `Saved` of this save.
+
+        Returns:
+            What came of the save before, if it has not been said yet. It has ended: saves never overlap.
+        """
+        before = self.wait()
+        failure, steps = self._agree((self._drop_leftovers(), self.steps))[0]  # the first process deletes and renames
+        if step not in steps:
+            self._saving = Saving(self.folder, step, {**parts, "meta": meta}, self._retention, self._given_up, failure)
+        return before
+
+    def wait(self) -> Saved | None:
+        """Returns when nothing is being written, with what came of it; None if that was said before."""
+        while not has_ended(states := self._agree(self.state)):
+            assert self._saving is not None  # all processes begin the same saves
+            self._saving.join(POLL_SECONDS)
+            if len(states) > 1 and not self._saving.is_alive():
+                time.sleep(POLL_SECONDS)
+        saving, self._saving = self._saving, None
+        failures = [state.failure for state in states if state is not None and state.failure is not None]
+        self._given_up += len(failures) > 0
+        return None if saving is None else saving.ended(failures[0] if failures else None)
+
+    @property
+    def state(self) -> State | None:
+        """How far this process is with a save; None: nothing is left to say of one."""
+        return None if self._saving is None else self._saving.state
+
+    def _drop_leftovers(self) -> Failure | None:
+        """Deletes what a run left that was killed while it saved or deleted."""
+        try:
+            for left in entries(self.folder) if jax.process_index() == 0 else ():
+                if SAVING in left.name and not left.is_symlink():
+                    shutil.rmtree(left.path)
+        except OSError as error:
+            return failure_of(error)
+        return None
+
+    # ------------------------------------------------------------------------------------------------------------ read
+
+    def newest_whole(self, sample: float, set_aside: bool) -> tuple[Checked | None, list[Checked]]:
+        """The newest checkpoint whose files are all as they were written, and the newer ones, which are damaged.
+
+        Args:
+            sample: the part of the bytes that is read; names and sizes of files are always checked.
+            set_aside: whether damaged checkpoints are renamed, so that their steps can be saved again. Where none is
+                whole, all keep their names: else the next run would begin anew.
 
         Raises:
-            ConfigError: the disk is full, or the folder cannot be written.
+            ConfigError: a damaged checkpoint cannot be renamed. Of several processes only the first raises it.
         """
-        with self._disk():
-            if self.latest != step:
-                self._checkpointer().save_checkpointables(step, {**parts, "meta": meta}, force=True)
+        damaged: list[Checked] = []
+        for step in reversed(self._agree(self.steps)[0]):
+            checked = self.check(step, sample)
+            if not checked.damages:
+                if set_aside and jax.process_index() == 0:
+                    damaged = [replace(one, aside=self._set_aside(one.step)) for one in damaged]
+                return checked, damaged
+            damaged.append(checked)
+        return None, damaged
+
+    def check(self, step: int, sample: float = 1.0) -> Checked:
+        """What is wrong with the files of a checkpoint; the processes share the reading."""
+        parts = len(self._agree(None))
+        found = self._agree(verify(self.folder / str(step), jax.process_index() % parts, parts, sample))
+        damages = tuple(sorted({damage for part in found for damage in part.damages}))
+        return Checked(step, damages, found[0].files, found[0].bytes, sum(part.bytes_read for part in found))
 
     def load_meta(self, step: int) -> dict[str, Any]:
         """What was saved as a checkpoint's `meta`.
@@ -69,45 +181,20 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint does not have those arrays.
         """
-        checkpointer = self._checkpointer()
         try:
-            loaded = checkpointer.load_checkpointables(step, parts)
+            with orbax_settings():
+                loaded = ocp.load_checkpointables(self.folder / str(step), parts)
         except (ValueError, KeyError, OSError) as error:
-            place, why = f"checkpoint {self.folder / str(step)}", str(_first_cause(error)).splitlines()[0]
+            place, why = f"checkpoint {self.folder / str(step)}", str(first_cause(error)).splitlines()[0]
             raise ConfigError(place, why, "a whole checkpoint of the model that the config describes") from None
         return {name: loaded[name] for name in parts}
 
-    def _checkpointer(self) -> ocp.training.Checkpointer:
-        if self._open is None:
-            registry = ocp.handlers.local_registry()
-            registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
-            context = ocp.Context()
-            context.checkpointables.registry = registry
-            context.array.saving.use_compression = False  # training state does not compress; it only costs time
-            policies = ocp.training.preservation_policies
-            self._open = ocp.training.Checkpointer(
-                self.folder,
-                context=context,
-                preservation_policy=policies.PreserveAll() if self._keep is None else policies.LatestN(self._keep),
-                cleanup_tmp_directories=self._keep is not None,
-            )
-        return self._open
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
+    def _set_aside(self, step: int) -> str:
+        names = {entry.name for entry in entries(self.folder)}
+        name = next(f"{step}{DAMAGED}.{n}" for n in itertools.count(1) if f"{step}{DAMAGED}.{n}" not in names)
         try:
-            yield
-        except Exception as error:
-            cause = _first_cause(error)
-            full = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause)
-            if full:
-                raise ConfigError("out", str(self.folder), "a disk with space left for a checkpoint") from None
-            if isinstance(cause, PermissionError):
-                raise ConfigError("out", str(self.folder), "a folder that can be written") from None
-            raise
-
-
-def _first_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+            os.rename(self.folder / str(step), self.folder / name)
+        except OSError as error:
+            wanted = f"a folder in which {step} can be renamed to {name} ({error.strerror})"
+            raise ConfigError("out", str(self.folder), wanted) from None
+        return name

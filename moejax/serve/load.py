@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
 from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as
 from moejax.train.together import CompiledTogether
+
+logger = logging.getLogger("moejax")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Model:
 
 
 def load(folder: str | Path) -> Model:
-    """The model in a run folder (its newest checkpoint), a checkpoint folder or a Hugging Face folder.
+    """The model in a run folder (its newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
 
     Raises:
         ConfigError: none of these is at `folder`, or what is there is not whole.
@@ -107,9 +110,9 @@ def load(folder: str | Path) -> Model:
         raise ConfigError("RUN", str(folder), wanted)
     config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"))
     with Checkpoints(run / "checkpoints") as checkpoints:
-        step = checkpoints.latest if step is None else step
-        if step is None or not (checkpoints.folder / str(step)).is_dir():
+        if not checkpoints.steps or (step is not None and step not in checkpoints.steps):
             raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
+        step = _newest_whole(checkpoints) if step is None else _whole(checkpoints, step)
         config, mesh = replace(config, mesh=ONE_DEVICE), one_device_mesh()
         state = abstract_state(config, mesh)
         shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
@@ -117,6 +120,23 @@ def load(folder: str | Path) -> Model:
         parts = checkpoints.load(step, stacked_as(before, shapes))
         model = restacked(parts, before, layer_of_slot(config), shapes)["model"]
     return from_state(config, mesh, model["params"], model["router_bias"])
+
+
+def _newest_whole(checkpoints: Checkpoints) -> int:
+    """The newest step that is whole; damaged newer ones are said, and left where they are."""
+    whole, damaged = checkpoints.newest_whole(1.0, set_aside=False)
+    for checked in damaged:
+        logger.warning(f"checkpoint {checked.step}: damaged, skipped: {checked.damages[0]}")
+    if whole is None:
+        raise ConfigError("RUN", str(checkpoints.folder), "a folder with a checkpoint that is whole")
+    return whole.step
+
+
+def _whole(checkpoints: Checkpoints, step: int) -> int:
+    damages = checkpoints.check(step).damages
+    if damages:
+        raise ConfigError("RUN", str(checkpoints.folder / str(step)), f"a checkpoint that is whole ({damages[0]})")
+    return step
 
 
 def from_state(

@@ -1,4 +1,4 @@
-"""What ends a run early: numbers that are not finite, and signals."""
+"""What ends a run early: numbers that are not finite, checkpoints none of which is whole, and signals."""
 
 import signal
 from types import FrameType
@@ -6,6 +6,10 @@ from types import FrameType
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite; the message names them."""
+
+
+class DamagedError(RuntimeError):
+    """A run has checkpoints, and none is whole; the message names them and the first damaged file."""
 
 
 class StopSignal:

@@ -1,14 +1,14 @@
 """The training loop: `train(config)` is what `moejax train` runs.
 
-A run continues by itself: where its folder has a checkpoint, the same command goes on from there.
+A run continues by itself: where its folder has a whole checkpoint, the same command goes on from there (resume.py).
 """
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from rich.console import Console
 
+from moejax.checkpoint.commit import Retention
 from moejax.checkpoint.manager import Checkpoints
-from moejax.config import ConfigError, RunConfig
-from moejax.data.batches import Batch, merge_states
+from moejax.config import CheckpointConfig, ConfigError, RunConfig
 from moejax.data.dataset import Data, open_data
 from moejax.mesh import batch_part, make_mesh, resolve
 from moejax.model.count import abstract_model, active_per_token, num_parameters, train_flops_per_token
@@ -28,20 +28,18 @@ from moejax.pipeline.stages import require_pipeline
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
 from moejax.train.guard import NonFiniteError, StopSignal
-from moejax.train.peak import memory_limit_bytes, peak_flops, peak_memory_bytes
+from moejax.train.ledger import Ledger
+from moejax.train.peak import peak_flops, peak_memory_bytes
+from moejax.train.phases import Phases
+from moejax.train.resume import Found, Position, find, require_memory, require_same_model, start, tell
 from moejax.train.runlog import NoLog, RunLog
+from moejax.train.saving import Saver
 from moejax.train.schedules import StepPlan, plan_steps
-from moejax.train.state import (
-    TrainState,
-    abstract_state,
-    bytes_per_device,
-    layer_of_slot,
-    new_state,
-    restacked,
-    stacked_as,
-)
+from moejax.train.state import TrainState, abstract_state
 from moejax.train.step import Metrics, StepSettings, make_eval_step, make_train_step, place
 from moejax.train.together import CompiledTogether, everyones, is_main, main_first, together
+from moejax.train.validation import Validation
+from moejax.train.watchdog import Watchdog
 
 logger = logging.getLogger("moejax")
 
@@ -58,46 +56,55 @@ class RunResult:
     valid_loss: float | None  # at the end; None without validation text
 
 
-@dataclass
-class Position:
-    """How far a run is; saved as a checkpoint's meta."""
-
-    step: int = 0
-    tokens: int = 0
-    data: dict[str, Any] | None = None  # of `Prefetcher.state`
-
-
-def train(config: RunConfig, console: Console | None = None, devices: Sequence[jax.Device] | None = None) -> RunResult:
+def train(
+    config: RunConfig,
+    console: Console | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    began: float | None = None,
+) -> RunResult:
     """Trains until `steps` or `schedule.tokens`, a signal, or too many steps that are not finite.
 
     Args:
         config: all settings; `config.folder` is made, or continued.
         console: where the run is shown; None: stdout.
         devices: of the mesh; None: all.
+        began: when the time of the run began, seconds since the epoch; None: now.
 
     Raises:
         ConfigError: a setting or a file that cannot be used.
+        DamagedError: the run has checkpoints, and none is whole.
         NonFiniteError: `max_bad_steps` steps in a row had a loss or gradient that is not finite; the last good state
             is saved.
     """
+    began = time.time() if began is None else began
     asked, config = config, resolve(config, len(devices or jax.devices()))
     mesh, folder = make_mesh(config.mesh, devices), Path(config.folder)
+    ledger = Ledger(folder / "events.jsonl", began=began)
     require_pipeline(config, (plan.rows for plan in plan_steps(config, 0, 0)))
-    together(lambda: _require_same_model(config, folder))
-    together(lambda: _require_memory(config, abstract_state(config, mesh)))
+    together(lambda: require_same_model(config, folder))
+    together(lambda: require_memory(config, abstract_state(config, mesh)))
     with ExitStack() as stack:
         data = main_first(lambda: _open_data(config, mesh, folder))
         stack.callback(data.train.close)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep))
-        state, position = together(lambda: _start(config, mesh, data, checkpoints))
+        phases = Phases(ledger, stack.enter_context(together(lambda: _open_watchdog(config, folder))))
+        checkpoints = stack.enter_context(_open_checkpoints(config.checkpoint, folder))
+        with phases("restore"):
+            found = find(config, checkpoints)
+        with phases("restore" if found.whole else "initialisation"):
+            state, position = together(lambda: start(config, mesh, data, checkpoints, found))
         plans = list(plan_steps(config, position.step, position.tokens))
-        total_steps = position.step + len(plans)
-        log = _open_log(asked, total_steps, position.step, console)
+        log = _open_log(asked, position.step + len(plans), position.step, console)
         stack.enter_context(log)
-        run = _Run(config, mesh, data, checkpoints, log, state, position)
-        run.announce(total_steps)
+        ledger.resume(position.step, log.event)
+        run = _Run(config, mesh, data, checkpoints, log, phases, state, position)
+        run.announce(found, position.step + len(plans))
         stop = stack.enter_context(StopSignal())
-        return run.go(plans, stop)
+        try:
+            return run.go(plans, stop)
+        except BaseException:
+            with suppress(ConfigError):  # a folder that cannot be written: it is what brought us here
+                ledger.note()
+            raise
 
 
 def _open_data(config: RunConfig, mesh: Mesh, folder: Path) -> Data:
@@ -108,6 +115,19 @@ def _open_data(config: RunConfig, mesh: Mesh, folder: Path) -> Data:
     return open_data(config.data, vocab_size=vocab_size, seed=seed, cache=cache, host=host, num_hosts=num_hosts)
 
 
+def _open_watchdog(config: RunConfig, folder: Path) -> Watchdog:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("out", str(folder), f"a folder that can be written ({error.strerror})") from None
+    return Watchdog(config.hang_seconds, folder / f"stacks-{jax.process_index()}.txt")
+
+
+def _open_checkpoints(config: CheckpointConfig, folder: Path) -> Checkpoints:
+    retention = Retention(newest=config.keep, every=config.keep_every, best=config.keep_best)
+    return Checkpoints(folder / "checkpoints", retention, agree=everyones)
+
+
 def _open_log(config: RunConfig, total_steps: int, resumed_step: int, console: Console | None) -> RunLog | NoLog:
     def opened() -> RunLog | NoLog:
         if is_main():
@@ -115,53 +135,6 @@ def _open_log(config: RunConfig, total_steps: int, resumed_step: int, console: C
         return NoLog(Path(config.folder))
 
     return together(opened)
-
-
-def _require_same_model(config: RunConfig, folder: Path) -> None:
-    """Raises ConfigError where the run folder holds a run of another model."""
-    file = folder / "config.json"
-    if not (file.is_file() and (folder / "checkpoints").is_dir()):
-        return
-    before = RunConfig.from_json(file.read_text(encoding="utf-8"))
-    if before.model != config.model:
-        raise ConfigError("out", str(folder), "a folder of its own: this one has a run of another model")
-
-
-def _require_memory(config: RunConfig, state: TrainState) -> None:
-    """Raises ConfigError where a device's part of the state alone is larger than its memory."""
-    needed, limit = bytes_per_device(state), memory_limit_bytes()
-    if jax.devices()[0].platform == "cpu":  # simulated devices share the machine's memory
-        needed *= jax.local_device_count()
-    if needed > limit:
-        model = f"{num_parameters(abstract_model(config.model)):,} parameters"
-        wanted = (
-            f"a model whose training state, here {needed / 1e9:,.1f} GB, fits in the {limit / 1e9:,.1f} GB of memory"
-        )
-        raise ConfigError("model", model, wanted)
-
-
-def _start(config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints) -> tuple[TrainState, Position]:
-    """The state and position to go on from."""
-    step = checkpoints.latest
-    if step is not None:  # 1. the newest checkpoint of this run folder
-        shapes = checkpoint_parts(abstract_state(config, mesh))
-        meta = checkpoints.load_meta(step)
-        before, after = tuple(meta.pop("layer_of_slot")), layer_of_slot(config)
-        parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes))
-        parts = parts if before == after else restacked(parts, before, after, shapes)
-        position = Position(**meta)
-        assert position.data is not None  # saved by `_Run._save`
-        data.train.restore(position.data)
-        return TrainState(**parts["model"], **parts["optimizer"]), position
-    return new_state(config, mesh), Position()  # 2. parameters drawn from the seed
-
-
-def checkpoint_parts(state: TrainState) -> dict[str, Any]:
-    """The state as a checkpoint has it: what a reader of the model needs, and the rest."""
-    return {
-        "model": {"params": state.params, "router_bias": state.router_bias},
-        "optimizer": {"step": state.step, "opt_state": state.opt_state, "ema": state.ema},
-    }
 
 
 class _Run:
@@ -174,21 +147,22 @@ class _Run:
         data: Data,
         checkpoints: Checkpoints,
         log: RunLog | NoLog,
+        phases: Phases,
         state: TrainState,
         position: Position,
     ):
-        self.config, self.mesh, self.data, self.checkpoints, self.log = config, mesh, data, checkpoints, log
+        self.config, self.mesh, self.data, self.log, self.phases = config, mesh, data, log, phases
         self.state, self.position = state, position
-        self.train_step = CompiledTogether(make_train_step(config, mesh))
-        self.eval_step = CompiledTogether(make_eval_step(config, mesh))
-        self.valid = self._place_validation()
+        self.saver = Saver(config, checkpoints, log, phases)
+        compiling = partial(phases, "compilation")
+        self.train_step = CompiledTogether(make_train_step(config, mesh), compiling)
+        self.validate = Validation(config, mesh, data, CompiledTogether(make_eval_step(config, mesh), compiling))
         self.flops_per_token = train_flops_per_token(config.model, config.data.sequence_length)
         self.peak = config.log.peak_flops or peak_flops(mesh.size)
         self.bad_steps: list[int] = []  # in a row, up to the last step
         self.loss: float | None = None
-        self.valid_loss: float | None = None
 
-    def announce(self, total_steps: int) -> None:
+    def announce(self, found: Found, total_steps: int) -> None:
         """Says what is trained, on what, and from where."""
         config, model, data = self.config, self.config.model, self.data
         total = num_parameters(abstract_model(model))
@@ -206,41 +180,43 @@ class _Run:
             text += f", where knowing only how often each token occurs gives a loss of {data.unigram_loss:.4f}"
         logger.info(text)
         fields = {"unigram_loss": data.unigram_loss, "parameters": total, "peak_flops": self.peak}
-        if self.position.step:
-            logger.info(f"resumed at step {self.position.step}/{total_steps} of {self.log.folder}")
-            self.log.event("resumed", step=self.position.step, **fields)
-        else:
-            self.log.event("started", **fields)
+        tell(found, total_steps, self.log, **fields)
 
     def go(self, plans: Iterable[StepPlan], stop: StopSignal) -> RunResult:
         """The steps, one after the other, and what is due after each."""
         config, log = self.config, self.log
+        ledger = self.phases.ledger
         clock = time.perf_counter()
         for plan in plans:
             waited = self.data.train.waited
-            batch = place(self.data.train.next(plan.rows), self.mesh)
+            with ledger.spend("data_wait"):
+                batch = place(self.data.train.next(plan.rows), self.mesh)
             waited = self.data.train.waited - waited
             settings = StepSettings(
                 learning_rate=np.float32(plan.learning_rate),
                 bias_update_speed=np.float32(plan.bias_update_speed),
                 mtp_weight=np.float32(plan.mtp_weight),
             )
-            self.state, metrics = self.train_step(self.state, batch, settings)
-            metrics = jax.device_get(metrics)
+            with ledger.step(plan.step):
+                self.state, metrics = self.train_step(self.state, batch, settings)
+                metrics = jax.device_get(metrics)
             step_time = time.perf_counter() - clock
             tokens = plan.tokens + plan.rows * config.data.sequence_length
-            self.position = Position(plan.step, tokens, self.data.train.state())
+            self.position = Position(plan.step, tokens, self.data.train.state(), self.position.valid_loss)
             record = self._record(plan, metrics, step_time, waited)
             if plan.step % config.log.valid_every == 0:  # once in a while: validate
-                record |= self._validate()
+                record |= self._validated()
             log.step(record)
             if plan.step % config.log.pictures_every == 0:  # once in a while: show
                 self._draw(metrics)
             self._watch(metrics)
-            every = config.checkpoint.every_steps
-            if every is not None and plan.step % every == 0:  # once in a while: save
-                self._save()
-            signal = next((name for name in everyones(stop.name) if name is not None), None)
+            said = everyones((stop.name, self.saver.is_due(plan.step), self.saver.state))
+            signals, due, saves = zip(*said, strict=True)
+            self.saver.look(saves)
+            if due[0]:  # once in a while, by the main process's clock: save
+                self.saver.save(self.state, self.position)
+            self.phases.watchdog.beat(plan.step)
+            signal = next((name for name in signals if name is not None), None)
             if signal is not None:
                 logger.info(f"{signal}: stopping after step {plan.step}; the same command goes on from there")
                 return self._finish("stopped", metrics)
@@ -275,29 +251,18 @@ class _Run:
             "memory_bytes": peak_memory_bytes(),
         }
 
-    def _place_validation(self) -> list[tuple[Batch, float]]:
-        """The validation batches on the devices, with the bytes of text that each predicts."""
-        token_bytes = self.data.tokenizer.token_bytes
-        batches = self.data.valid_batches(self.config.log.valid_batches, self.config.data.batch_size)
-        own = [float(token_bytes[batch.tokens[:, 1:]][batch.loss_mask[:, 1:]].sum()) for batch in batches]
-        parts = dict(everyones((self.data.host, own))).values()  # processes that hold the same rows say the same
-        return [(place(batch, self.mesh), sum(texts)) for batch, *texts in zip(batches, *parts, strict=True)]
-
-    def _validate(self) -> dict[str, float]:
-        if not self.valid:
-            return {}
-        nats, tokens, text_bytes = 0.0, 0.0, 0.0
-        for batch, batch_bytes in self.valid:
-            batch_nats, batch_tokens = jax.device_get(self.eval_step(self.state, batch))
-            nats, tokens, text_bytes = nats + float(batch_nats), tokens + float(batch_tokens), text_bytes + batch_bytes
-        self.valid_loss = nats / tokens
-        return {"valid_loss": self.valid_loss, "valid_bits_per_byte": nats / math.log(2) / text_bytes}
+    def _validated(self) -> dict[str, float]:
+        with self.phases("validation"):
+            found = self.validate(self.state)
+        self.position.valid_loss = found.get("valid_loss")
+        return found
 
     def _draw(self, metrics: Metrics) -> None:
         if metrics.counts.size:
             self.log.expert_load(self.position.step, np.round(_relative_load(metrics.counts), 3).tolist())
         if is_main():
-            draw_pictures(self.log.folder)
+            with self.phases("pictures"), self.log.full_disk_borne():
+                draw_pictures(self.log.folder)
 
     def _watch(self, metrics: Metrics) -> None:
         """Raises NonFiniteError after `max_bad_steps` steps in a row that were not applied."""
@@ -310,38 +275,39 @@ class _Run:
         limit = self.config.max_bad_steps
         logger.warning(f"step {self.position.step}: {said} ({len(self.bad_steps)} in a row, {limit} end the run)")
         if len(self.bad_steps) >= limit:
-            self._save()
-            self.log.finish("non_finite", steps=self.bad_steps, quantities=bad)
+            self.saver.save_last(self.state, self.position)
+            self._close("non_finite", steps=self.bad_steps, quantities=bad)
             steps = f"steps {self.bad_steps[0]} to {self.bad_steps[-1]}"
-            raise NonFiniteError(f"{steps}: {said}; the state before them is saved in {self.checkpoints.folder}")
-
-    def _save(self) -> None:
-        position = self.position
-        data = merge_states(everyones(position.data))
-        meta = {"step": position.step, "tokens": position.tokens, "data": data}
-        meta["layer_of_slot"] = layer_of_slot(self.config)
-        self.checkpoints.save(position.step, checkpoint_parts(self.state), meta)
-        self.log.event("checkpoint", step=position.step)
+            raise NonFiniteError(f"{steps}: {said}; the state before them is saved in {self.log.folder}/checkpoints")
 
     def _finish(self, ended: Literal["finished", "stopped"], metrics: Metrics | None) -> RunResult:
+        """The end of a run; `metrics`: of the last step, None if no step was left to do."""
         position, config, folder = self.position, self.config, self.log.folder
         if metrics is None:
             logger.info(
                 f"nothing left to do: {folder} is at step {position.step}; more steps, or another folder (--out)"
             )
         else:
-            self._save()
-            if ended == "finished":
-                self.log.event("validation", step=position.step, **self._validate())
+            if ended == "finished" and position.step % config.log.valid_every:
+                self.log.event("validation", step=position.step, **self._validated())
+            self.saver.save_last(self.state, position)
             self._draw(metrics)
-        if self.valid_loss is not None and self.data.unigram_loss is not None:
+        if position.valid_loss is not None and self.data.unigram_loss is not None:
             baseline = f"knowing only how often each token occurs: {self.data.unigram_loss:.4f}"
-            logger.info(f"validation loss {self.valid_loss:.4f} nats per token ({baseline})")
+            logger.info(f"validation loss {position.valid_loss:.4f} nats per token ({baseline})")
         if ended == "finished" and config.log.sample_tokens:
-            logger.info(f"a sample after {config.log.prompt!r}:\n{config.log.prompt}{self._sample()}")
-        self.log.finish(ended, valid_loss=self.valid_loss, unigram_loss=self.data.unigram_loss)
+            with self.phases("other"):
+                logger.info(f"a sample after {config.log.prompt!r}:\n{config.log.prompt}{self._sample()}")
+        self._close(ended, valid_loss=position.valid_loss, unigram_loss=self.data.unigram_loss)
         logger.info(f"{ended} at step {position.step}; pictures, metrics and checkpoints are in {folder}")
-        return RunResult(folder, ended, position.step, position.tokens, self.loss, self.valid_loss)
+        return RunResult(folder, ended, position.step, position.tokens, self.loss, position.valid_loss)
+
+    def _close(self, ended: str, **fields: Any) -> None:
+        """Writes the end of the run, and where its time went."""
+        ledger = self.phases.ledger
+        ledger.note()
+        self.log.finish(ended, **fields, time=ledger.summary())
+        logger.info(ledger.table())
 
     def _sample(self) -> str:
         model = from_state(self.config, self.mesh, self.state.params, self.state.router_bias, self.data.tokenizer)

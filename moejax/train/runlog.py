@@ -3,14 +3,28 @@
     config.json         the resolved settings; `moejax train` takes it instead of a config file
     environment.json    see environment.py
     metrics.jsonl       one object a step, keys of METRICS; steps are unique and ascending, also in a resumed run
-    events.jsonl        {"time", "kind", ...}; kinds: started, resumed, validation, checkpoint, non_finite, stopped,
-                        finished, failed
+    events.jsonl        {"time", "kind", ...}; the kinds are below
     expert_load.jsonl   {"step", "load"}: per MoE layer (as max_violation) and expert, tokens relative to the mean
     log.txt             every record of the logger "moejax", which is also what the console shows
     tensorboard/        the metrics again; they go to Weights & Biases too where log.wandb names a project
-    summary.json        how the run ended
+    summary.json        how the run ended; its `time` says where the wall clock went, see ledger.py
+
+Beside them lie checkpoints/ and, of a process that hung, stacks-<process>.txt (watchdog.py). Kinds of events:
+
+- started, resumed: the text's unigram_loss, parameters and peak_flops; of resumed also the step, and how much of its
+  checkpoint was verified in how many seconds
+- damaged: a checkpoint that was skipped, with its step, the name that it has now, and the first damaged files
+- validation: step, valid_loss, valid_bits_per_byte
+- checkpoint: one that was committed, with its step, the seconds since its save began, bytes, and the steps deleted
+- checkpoint_failed: one that was not, with its step and the error
+- ledger: see ledger.py
+- non_finite: step, quantities
+- finished, stopped, non_finite, failed: how the run ended, with the step or the error
 
 JSON has no NaN: a number that is not finite is written as null, and an event of kind non_finite names it.
+
+On a full disk a run goes on: it says so once, lines wait in memory until there is space, points of TensorBoard are
+lost. Only at its end is that an error.
 """
 
 import contextlib
@@ -22,16 +36,20 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from moejax.config import ConfigError, RunConfig
 from moejax.train.console import ConsoleHandler, StepLines, logger
 from moejax.train.environment import environment_report
+from moejax.train.ledger import read_events
 from moejax.train.tensorboard import TensorBoard
+
+SPACE = "a disk with space left"
 
 
 class Metric(NamedTuple):
@@ -71,7 +89,7 @@ class RunLog:
     """The open files and the console of a run: a context manager.
 
     An exception that leaves the `with` block before `finish` becomes an event of kind failed. Every method raises
-    ConfigError where the disk is full or the folder cannot be written.
+    ConfigError where the folder cannot be written; opening and `finish` also where the disk is full.
     """
 
     def __init__(
@@ -89,14 +107,16 @@ class RunLog:
         self._open = contextlib.ExitStack()
         self._lines = StepLines(total_steps=total_steps, seconds=config.log.console_seconds)
         self._last: dict[str, Any] = {}
-        self._finished = False
+        self._waiting = {"metrics": b"", "events": b"", "expert_load": b""}  # lines that did not fit on the disk
+        self._finished = self._full = False
         self._began = time.time()
         with self._disk():
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(self.folder / "config.json", config.to_json())
             _write_whole(self.folder / "environment.json", _json(environment_report(), indent=2))
-            for name in ("metrics.jsonl", "expert_load.jsonl"):
-                _drop_after(self.folder / name, resumed_step)
+            for name in ("metrics", "expert_load"):
+                _keep(self.folder / f"{name}.jsonl", lambda line: json.loads(line)["step"] <= resumed_step)
+            _keep(self.folder / "events.jsonl", lambda line: True)
             self._files = {name: self._open_file(name) for name in ("metrics", "events", "expert_load")}
             self._console = ConsoleHandler(total_steps=total_steps, console=console)
             self._open_logger(self._console, _LogFile(self.folder / "log.txt", encoding="utf-8"))
@@ -127,7 +147,7 @@ class RunLog:
         self._last = dict(metrics)
         self._console.progress(metrics["step"], self._lines.show(metrics))
         scalars = dict(_scalars(metrics))
-        with self._disk():
+        with self.full_disk_borne():
             if self._tensorboard is not None:
                 self._tensorboard.write(metrics["step"], scalars)
             if self._wandb is not None:
@@ -145,8 +165,10 @@ class RunLog:
         """Writes the last event, of kind finished, stopped or non_finite, and summary.json with `fields` in it."""
         self._finished = True
         self.event(kind, step=self._last.get("step"))
-        events = (json.loads(line) for line in (self.folder / "events.jsonl").read_text(encoding="utf-8").splitlines())
-        best = min((event["valid_loss"] for event in events if event["kind"] == "validation"), default=None)
+        with self._disk():
+            self._write_waiting()
+        losses = [event.get("valid_loss") for event in read_events(self.folder / "events.jsonl")]
+        best = min((loss for loss in losses if loss is not None), default=None)
         summary = {"ended": kind, "seconds": round(time.time() - self._began, 3), "best_valid_loss": best}
         with self._disk():
             _write_whole(self.folder / "summary.json", _json({**summary, "last": self._last, **fields}, indent=2))
@@ -154,9 +176,28 @@ class RunLog:
     # ------------------------------------------------------------------------------------------------------- pieces
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        with self._disk():
-            self._files[name].write(_json(line) + "\n")
-            self._files[name].flush()
+        self._waiting[name] += f"{_json(line)}\n".encode()
+        with self.full_disk_borne():
+            self._write_waiting()
+
+    def _write_waiting(self) -> None:
+        for name, file in self._files.items():
+            while self._waiting[name]:
+                self._waiting[name] = self._waiting[name][file.write(self._waiting[name]) :]
+        self._full = False
+
+    @contextlib.contextmanager
+    def full_disk_borne(self) -> Iterator[None]:
+        """A context in which a full disk is a warning, once until the log could be written again."""
+        try:
+            with self._disk():
+                yield
+        except ConfigError as error:
+            if error.wanted != SPACE:
+                raise
+            if not self._full:
+                logger.warning(f"{error}; the run goes on, and its log waits in memory")
+            self._full = True
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -164,7 +205,7 @@ class RunLog:
             yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "a disk with space left" if full else f"a folder that can be written ({error.strerror})"
+            reason = SPACE if full else f"a folder that can be written ({error.strerror})"
             raise ConfigError("out", str(self.folder), reason) from None
 
     def _open_logger(self, *handlers: logging.Handler) -> None:
@@ -177,8 +218,8 @@ class RunLog:
             self._open.callback(handler.close)
             self._open.callback(logger.removeHandler, handler)
 
-    def _open_file(self, name: str) -> TextIO:
-        return self._open.enter_context(open(self.folder / f"{name}.jsonl", "a", encoding="utf-8"))
+    def _open_file(self, name: str) -> FileIO:
+        return self._open.enter_context(open(self.folder / f"{name}.jsonl", "ab", buffering=0))
 
     def _open_tensorboard(self, resumed_step: int) -> TensorBoard:
         return self._open.enter_context(
@@ -222,6 +263,10 @@ class NoLog:
     def finish(self, kind: str, **fields: Any) -> None:
         """As `RunLog.finish`."""
 
+    def full_disk_borne(self) -> contextlib.nullcontext:
+        """As `RunLog.full_disk_borne`."""
+        return contextlib.nullcontext()
+
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -257,9 +302,10 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keeps the lines of steps up to `step`; a last line that was cut off goes too."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        _write_whole(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+def _keep(path: Path, wanted: Callable[[bytes], bool]) -> None:
+    """Keeps the lines that are wanted; a last line that was cut off goes too, which would spoil the next one."""
+    if path.is_file():
+        lines = path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith(b"\n") and wanted(line)]
+        if kept != lines:
+            _write_whole(path, b"".join(kept).decode())

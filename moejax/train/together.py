@@ -5,6 +5,7 @@ Every function here is called by all processes in the same order.
 
 import pickle
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import jax
@@ -57,16 +58,21 @@ class CompiledTogether:
     Where they meet for the first time, some transports give up when the other process is half a minute late.
     """
 
-    def __init__(self, function: Any):
-        """`function`: as `jax.jit` returns it."""
-        self._function, self._programs = function, {}  # type: ignore[var-annotated]
+    def __init__(self, function: Any, compiling: Callable[[], AbstractContextManager] = nullcontext):
+        """`function`: as `jax.jit` returns it; `compiling`: a context in which each of its programs is compiled."""
+        self._function, self._compiling = function, compiling
+        self._programs: dict[tuple, Any] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         """The function's result."""
-        if jax.process_count() == 1:
-            return self._function(*arguments)
-        shapes = tuple((np.shape(leaf), np.result_type(leaf)) for leaf in jax.tree.leaves(arguments))
+        shapes = tuple(_shape(leaf) for leaf in jax.tree.leaves(arguments))
         if shapes not in self._programs:
-            self._programs[shapes] = self._function.lower(*arguments).compile()
-            everyones(None)
-        return self._programs[shapes](*arguments)
+            with self._compiling():
+                self._programs[shapes] = self._function.lower(*arguments).compile()
+                everyones(None)
+        # one process may call the function itself, which finds the program and takes other shardings too
+        return (self._function if jax.process_count() == 1 else self._programs[shapes])(*arguments)
+
+
+def _shape(leaf: Any) -> tuple:
+    return (leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else (type(leaf),)

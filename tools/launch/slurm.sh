@@ -10,7 +10,11 @@
 # Before the time limit all processes get SIGTERM and the run ends after its step with a checkpoint; the same command
 # goes on from there. To have several jobs in line, submit it several times with --dependency=singleton.
 #
-# MOEJAX: the command, if it is neither .venv/bin/moejax nor on PATH.
+# When a node fails, or a process dies or hangs, the job goes back into the queue, and the run goes on from its newest
+# checkpoint; exit codes that another attempt would not change end it. `sbatch --no-requeue` turns that off.
+#
+# Variables: MOEJAX, the command, if it is neither .venv/bin/moejax nor on PATH; RESTARTS, how often the job goes back
+# into the queue at most (20).
 #
 # Tried with a stand-in for srun that sets what Slurm sets (tests/test_launch.py); not yet on a Slurm cluster.
 
@@ -22,6 +26,8 @@
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 
 set -euo pipefail
@@ -36,4 +42,14 @@ if [ -z "${MOEJAX:-}" ] && [ -x .venv/bin/moejax ]; then
   command=.venv/bin/moejax
 fi
 # without a binding each process may use all cores of its node; when one process fails, the others have nothing to do
-exec srun --cpu-bind=none --kill-on-bad-exit=1 "$command" train "$@"
+code=0
+srun --cpu-bind=none --kill-on-bad-exit=1 "$command" train "$@" || code=$?
+case $code in
+  0 | 2 | 3 | 10 | 12 | 130) ;; # done; settings or files; no such hardware; not finite; no whole checkpoint; interrupted
+  *)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-20}" ]; then
+      scontrol requeue "$SLURM_JOB_ID" || true # which says why
+    fi
+    ;;
+esac
+exit $code

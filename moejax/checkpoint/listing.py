@@ -1,0 +1,214 @@
+"""What checkpoints a run has, and what is in them: for `moejax checkpoints`."""
+
+import contextlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+from rich.table import Table
+
+from moejax.checkpoint.commit import SAVING, orbax_settings
+from moejax.checkpoint.integrity import verify
+from moejax.checkpoint.manager import DAMAGED
+from moejax.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of checkpoints/."""
+
+    name: str
+    step: int
+    state: str  # committed; saving, or left by a run that was killed; damaged, and kept aside
+    bytes: int
+    saved: float  # seconds since the epoch
+    mesh: dict[str, int]  # lengths of the axes on which it was saved
+    tokens: int | None
+    valid_loss: float | None
+
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a checkpoint."""
+
+    part: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: str  # mesh axes over which each dim was cut
+    bytes: int
+
+
+def entries(run: str | Path) -> list[Entry]:
+    """The checkpoints of a run folder, oldest step first.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    folder = checkpoints_of(run)
+    found = (_entry(path) for path in folder.iterdir() if path.is_dir() and path.name.split(".")[0].isdigit())
+    return sorted(found, key=lambda entry: (entry.step, entry.name))
+
+
+def arrays(folder: Path) -> list[StoredArray]:
+    """The arrays of one checkpoint, from what is written beside them.
+
+    Raises:
+        ConfigError: that cannot be read.
+    """
+    return [_array(part, path, leaf) for part, path, leaf in _leaves(folder)]
+
+
+def folders(run: str | Path, step: int | None) -> list[Path]:
+    """The checkpoints of a run that were committed, oldest first; only that of `step`, unless it is None.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps = [entry.step for entry in entries(run) if entry.state == "committed"]
+    if not steps or (step is not None and step not in steps):
+        there = ", ".join(map(str, steps)) or "none yet"
+        raise ConfigError("STEP", step, f"a checkpoint of {run}, which has {there}")
+    return [checkpoints_of(run) / str(number) for number in (steps if step is None else [step])]
+
+
+def report(folder: Path) -> tuple[list[str], bool]:
+    """What a comparison of a checkpoint's files with their checksums says, and whether it is whole."""
+    found = verify(folder)
+    facts = f"checkpoint {folder.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB"
+    if not found.damages:
+        return [f"{facts}, whole"], True
+    return [f"{facts}, damaged", *(f"  {damage}" for damage in found.damages)], False
+
+
+def copy(folder: Path, to: Path) -> int:
+    """Copies a checkpoint, checks the copy, and returns the number of its files.
+
+    Raises:
+        ConfigError: there is something at `to` already, or the copy is damaged, as the checkpoint may have been.
+    """
+    if to.exists():
+        raise ConfigError("TO", str(to), "a place where nothing is yet")
+    part = to.with_name(f"{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, part)
+    found = verify(part)
+    if found.damages:
+        shutil.rmtree(part)
+        raise ConfigError(f"checkpoint {folder}", str(found.damages[0]), "files as they were written")
+    part.rename(to)
+    return found.files
+
+
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder with a run's checkpoints.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = Path(run) / "checkpoints"
+    if not folder.is_dir():
+        raise ConfigError("RUN", str(run), "a run folder with checkpoints")
+    return folder
+
+
+def as_table(found: Sequence[Entry]) -> Table:
+    """A row for each checkpoint."""
+    table = Table("step", "state", "saved", "MB", "mesh", "tokens", "valid. loss")
+    for entry in found:
+        mesh = " x ".join(f"{axis} {length}" for axis, length in entry.mesh.items() if length > 1) or "one device"
+        numbers = f"{entry.bytes / 1e6:,.1f}", mesh, "" if entry.tokens is None else f"{entry.tokens:,}"
+        loss = "" if entry.valid_loss is None else f"{entry.valid_loss:.4f}"
+        table.add_row(str(entry.step), entry.state, _age(time.time() - entry.saved), *numbers, loss)
+    return table
+
+
+def as_array_table(found: Sequence[StoredArray]) -> Table:
+    """A row for each array, and their sum."""
+    table = Table("part", "array", "shape", "dtype", "cut over", "MB")
+    for array in found:
+        shape = " x ".join(map(str, array.shape)) or "scalar"
+        table.add_row(array.part, array.name, shape, array.dtype, array.spec, f"{array.bytes / 1e6:,.3f}")
+    table.add_row("", "all", "", "", "", f"{sum(array.bytes for array in found) / 1e6:,.3f}")
+    return table
+
+
+def as_json(found: Sequence[Entry] | Sequence[StoredArray]) -> list[dict[str, Any]]:
+    """The same as objects."""
+    return [asdict(row) for row in found]
+
+
+def _leaves(folder: Path) -> list[tuple[str, tuple, Any]]:
+    """Part, path and Orbax's description of every array."""
+    try:
+        with orbax_settings():
+            parts = ocp.checkpointables_metadata(folder).metadata
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError("checkpoint", str(folder), f"one that Orbax can read ({type(error).__name__})") from None
+    leaves = ((part, jax.tree_util.tree_leaves_with_path(tree)) for part, tree in parts.items())
+    return [(part, path, leaf) for part, found in leaves for path, leaf in found]
+
+
+def _array(part: str, path: tuple, leaf: Any) -> StoredArray:
+    names = (str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    spec = getattr(leaf.sharding_metadata, "partition_spec", None) or ()
+    axes = (entry if isinstance(entry, str) else ", ".join(entry or ()) for entry in spec)
+    dtype = np.dtype(leaf.dtype)
+    return StoredArray(
+        part=part,
+        name=".".join(name for name in names if name != "value"),
+        shape=tuple(leaf.shape),
+        dtype=dtype.name,
+        spec=" | ".join(axis or "-" for axis in axes),
+        bytes=math.prod(leaf.shape) * dtype.itemsize,
+    )
+
+
+def _mesh(path: Path) -> dict[str, int]:
+    """Lengths of the axes on which a checkpoint was saved; none where it cannot be read."""
+    with contextlib.suppress(ConfigError):
+        for _, _, leaf in _leaves(path):
+            if hasattr(leaf.sharding_metadata, "axis_names"):
+                lengths = np.asarray(leaf.sharding_metadata.shape).tolist()
+                return dict(zip(leaf.sharding_metadata.axis_names, lengths, strict=True))
+    return {}
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    try:
+        meta = json.loads((path / "meta" / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _entry(path: Path) -> Entry:
+    word, _, rest = path.name.partition(".")
+    state = "damaged" if rest.startswith(DAMAGED[1:]) else "saving" if rest.startswith(SAVING[1:]) else "committed"
+    meta = _meta(path)
+    return Entry(
+        name=path.name,
+        step=int(word),
+        state=state,
+        bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        saved=path.stat().st_mtime,
+        mesh=_mesh(path),
+        tokens=meta.get("tokens"),
+        valid_loss=meta.get("valid_loss"),
+    )
+
+
+def _age(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

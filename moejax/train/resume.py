@@ -1,0 +1,164 @@
+"""How a run starts: from the newest whole checkpoint of its folder, or anew, and what it needs for that."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from moejax.checkpoint.manager import Checked, Checkpoints
+from moejax.config import ConfigError, RunConfig
+from moejax.data.dataset import Data
+from moejax.model.count import abstract_model, num_parameters
+from moejax.train.guard import DamagedError
+from moejax.train.peak import memory_limit_bytes
+from moejax.train.runlog import NoLog, RunLog
+from moejax.train.state import (
+    TrainState,
+    abstract_state,
+    bytes_per_device,
+    layer_of_slot,
+    new_state,
+    restacked,
+    stacked_as,
+)
+from moejax.train.together import together
+
+logger = logging.getLogger("moejax")
+
+LISTED = 5  # damaged files of a checkpoint, or settings, that are named in the log
+
+
+@dataclass
+class Position:
+    """How far a run is; saved as a checkpoint's meta."""
+
+    step: int = 0
+    tokens: int = 0
+    data: dict[str, Any] | None = None  # of `Prefetcher.state`
+    valid_loss: float | None = None  # of the last validation, by which the best checkpoint is kept
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoints that a run found in its folder."""
+
+    whole: Checked | None  # the newest that is
+    damaged: list[Checked]  # newer ones
+    seconds: float  # in which they were checked
+
+
+def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
+    """Checks the checkpoints, from the newest to one that is whole, and keeps those aside that are not.
+
+    Raises:
+        DamagedError: there are some, and none is whole.
+    """
+    began = time.monotonic()
+    whole, damaged = together(lambda: checkpoints.newest_whole(config.checkpoint.verify, set_aside=True))
+    if whole is None and damaged:
+        steps = f"step{'s' if len(damaged) > 1 else ''} {', '.join(str(checked.step) for checked in damaged)}"
+        first = f"{damaged[0].step} has {damaged[0].damages[0]}"
+        raise DamagedError(
+            f"no checkpoint in {checkpoints.folder} is whole, of {steps}; {first}; restore one from a copy, or move "
+            "them away to begin anew"
+        )
+    return Found(whole, damaged, time.monotonic() - began)
+
+
+def start(
+    config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints, found: Found
+) -> tuple[TrainState, Position]:
+    """The state and position to go on from; `data` goes to that position.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or of other text.
+    """
+    if found.whole is not None:  # 1. the newest whole checkpoint of this run folder
+        step, shapes = found.whole.step, checkpoint_parts(abstract_state(config, mesh))
+        meta = checkpoints.load_meta(step)
+        before, after = tuple(meta.pop("layer_of_slot")), layer_of_slot(config)
+        parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes))
+        parts = parts if before == after else restacked(parts, before, after, shapes)
+        position = Position(**meta)
+        assert position.data is not None  # only a run that did a step saves
+        data.train.restore(position.data)
+        return TrainState(**parts["model"], **parts["optimizer"]), position
+    return new_state(config, mesh), Position()  # 2. parameters drawn from the seed
+
+
+def checkpoint_parts(state: TrainState) -> dict[str, Any]:
+    """The state as a checkpoint has it: what a reader of the model needs, and the rest."""
+    return {
+        "model": {"params": state.params, "router_bias": state.router_bias},
+        "optimizer": {"step": state.step, "opt_state": state.opt_state, "ema": state.ema},
+    }
+
+
+def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> None:
+    """Says what was found, what was wrong with it and where the run goes on; `fields` go into the event."""
+    for checked in found.damaged:
+        lines = [str(damage) for damage in checked.damages]
+        for line in lines[:LISTED]:
+            logger.warning(f"checkpoint {checked.step}: damaged: {line}")
+        more = f"{len(lines) - LISTED} more damaged files; " if len(lines) > LISTED else ""
+        logger.warning(f"checkpoint {checked.step}: {more}kept aside as checkpoints/{checked.aside}")
+        log.event("damaged", step=checked.step, aside=checked.aside, files=lines[:LISTED], count=len(lines))
+    if found.whole is None:
+        log.event("started", **fields)
+        return
+    whole = found.whole
+    part = "" if whole.bytes_read == whole.bytes else f"{whole.bytes_read / (whole.bytes or 1):.0%} of "
+    verified = f"{whole.files:,} files, {part}{volume(whole.bytes)} verified in {found.seconds:.1f} s"
+    logger.info(f"resumed at step {whole.step}/{total_steps} of {log.folder}: {verified}")
+    counts = {"files": whole.files, "bytes": whole.bytes, "bytes_read": whole.bytes_read}
+    log.event("resumed", step=whole.step, **counts, seconds=round(found.seconds, 3), **fields)
+
+
+def require_same_model(config: RunConfig, folder: Path) -> None:
+    """Raises ConfigError where the run folder holds a run of another model; it names the settings that differ."""
+    file = folder / "config.json"
+    if not (file.is_file() and (folder / "checkpoints").is_dir()):
+        return
+    before = RunConfig.from_json(file.read_text(encoding="utf-8"))
+    there, here = (dict(_flat(dataclasses.asdict(model), "model")) for model in (before.model, config.model))
+    differ = [name for name in there | here if there.get(name) != here.get(name)]
+    if differ:
+        listed = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differ[:LISTED]]
+        listed += [f"{len(differ) - LISTED} more differ"] if len(differ) > LISTED else []
+        wanted = f"a folder of its own: this one has a run of another model ({'; '.join(listed)})"
+        raise ConfigError("out", str(folder), wanted)
+
+
+def volume(size: int) -> str:
+    """Bytes for people: 4.2 MB."""
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{size} bytes"
+
+
+def require_memory(config: RunConfig, state: TrainState) -> None:
+    """Raises ConfigError where a device's part of the state alone is larger than its memory."""
+    needed, limit = bytes_per_device(state), memory_limit_bytes()
+    if jax.devices()[0].platform == "cpu":  # simulated devices share the machine's memory
+        needed *= jax.local_device_count()
+    if needed > limit:
+        model = f"{num_parameters(abstract_model(config.model)):,} parameters"
+        wanted = (
+            f"a model whose training state, here {needed / 1e9:,.1f} GB, fits in the {limit / 1e9:,.1f} GB of memory"
+        )
+        raise ConfigError("model", model, wanted)
+
+
+def _flat(settings: dict[str, Any], place: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{place}.{name}")
+        else:
+            yield f"{place}.{name}", value
