@@ -399,9 +399,11 @@ class CheckpointConfig:
     keep_every: int | None = None  # those of steps that are multiples of it are kept for ever
     keep_best: bool = True  # the one with the lowest validation loss is kept
     verify: float = 1.0  # part of the bytes that is read before a run goes on; names and sizes are always checked
+    remote: str | None = None  # address to which checkpoints are copied, e.g. s3://bucket/run; None: none
+    remote_keep: int | None = 3  # newest copies that are kept there; None: all
 
     def __post_init__(self) -> None:
-        _require_positive(self, "checkpoint", "every_steps", "every_minutes", "keep", "keep_every")
+        _require_positive(self, "checkpoint", "every_steps", "every_minutes", "keep", "keep_every", "remote_keep")
         _require(0 <= self.verify <= 1, "checkpoint.verify", self.verify, "0 or more, at most 1")
 
 

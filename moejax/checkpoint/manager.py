@@ -151,7 +151,7 @@ class Checkpoints:
             checked = self.check(step, sample)
             if not checked.damages:
                 if set_aside and jax.process_index() == 0:
-                    damaged = [replace(one, aside=self._set_aside(one.step)) for one in damaged]
+                    damaged = [replace(one, aside=self.set_aside(one.step)) for one in damaged]
                 return checked, damaged
             damaged.append(checked)
         return None, damaged
@@ -189,7 +189,12 @@ class Checkpoints:
             raise ConfigError(place, why, "a whole checkpoint of the model that the config describes") from None
         return {name: loaded[name] for name in parts}
 
-    def _set_aside(self, step: int) -> str:
+    def set_aside(self, step: int) -> str:
+        """Renames a checkpoint that is damaged, and returns the folder's new name.
+
+        Raises:
+            ConfigError: it cannot be renamed.
+        """
         names = {entry.name for entry in entries(self.folder)}
         name = next(f"{step}{DAMAGED}.{n}" for n in itertools.count(1) if f"{step}{DAMAGED}.{n}" not in names)
         try:

@@ -27,6 +27,7 @@ from moejax.model.count import abstract_model, active_per_token, num_parameters,
 from moejax.pipeline.stages import require_pipeline
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
+from moejax.train.copies import Copies
 from moejax.train.guard import NonFiniteError, StopSignal
 from moejax.train.ledger import Ledger
 from moejax.train.peak import peak_flops, peak_memory_bytes
@@ -88,6 +89,7 @@ def train(
         stack.callback(data.train.close)
         phases = Phases(ledger, stack.enter_context(together(lambda: _open_watchdog(config, folder))))
         checkpoints = stack.enter_context(_open_checkpoints(config.checkpoint, folder))
+        copies = stack.enter_context(together(lambda: Copies(config.checkpoint, checkpoints.folder)))
         with phases("restore"):
             found = find(config, checkpoints)
         with phases("restore" if found.whole else "initialisation"):
@@ -96,7 +98,7 @@ def train(
         log = _open_log(asked, position.step + len(plans), position.step, console)
         stack.enter_context(log)
         ledger.resume(position.step, log.event)
-        run = _Run(config, mesh, data, checkpoints, log, phases, state, position)
+        run = _Run(config, mesh, data, Saver(config, checkpoints, copies, log, phases), log, phases, state, position)
         run.announce(found, position.step + len(plans))
         stop = stack.enter_context(StopSignal())
         try:
@@ -145,7 +147,7 @@ class _Run:
         config: RunConfig,
         mesh: Mesh,
         data: Data,
-        checkpoints: Checkpoints,
+        saver: Saver,
         log: RunLog | NoLog,
         phases: Phases,
         state: TrainState,
@@ -153,7 +155,7 @@ class _Run:
     ):
         self.config, self.mesh, self.data, self.log, self.phases = config, mesh, data, log, phases
         self.state, self.position = state, position
-        self.saver = Saver(config, checkpoints, log, phases)
+        self.saver = saver
         compiling = partial(phases, "compilation")
         self.train_step = CompiledTogether(make_train_step(config, mesh), compiling)
         self.validate = Validation(config, mesh, data, CompiledTogether(make_eval_step(config, mesh), compiling))

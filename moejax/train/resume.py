@@ -15,6 +15,7 @@ from moejax.checkpoint.manager import Checked, Checkpoints
 from moejax.config import ConfigError, RunConfig
 from moejax.data.dataset import Data
 from moejax.model.count import abstract_model, num_parameters
+from moejax.train.copies import fetch
 from moejax.train.guard import DamagedError
 from moejax.train.peak import memory_limit_bytes
 from moejax.train.runlog import NoLog, RunLog
@@ -27,7 +28,7 @@ from moejax.train.state import (
     restacked,
     stacked_as,
 )
-from moejax.train.together import together
+from moejax.train.together import is_main, together
 
 logger = logging.getLogger("moejax")
 
@@ -51,16 +52,26 @@ class Found:
     whole: Checked | None  # the newest that is
     damaged: list[Checked]  # newer ones
     seconds: float  # in which they were checked
+    fetched: str | None = None  # the address from which the whole one was brought
 
 
 def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
     """Checks the checkpoints, from the newest to one that is whole, and keeps those aside that are not.
 
+    Where none is whole, the newest whole one of `checkpoint.remote` is fetched.
+
     Raises:
         DamagedError: there are some, and none is whole.
     """
     began = time.monotonic()
-    whole, damaged = together(lambda: checkpoints.newest_whole(config.checkpoint.verify, set_aside=True))
+    remote, sample = config.checkpoint.remote, config.checkpoint.verify
+    whole, damaged = together(lambda: checkpoints.newest_whole(sample, set_aside=True))
+    if whole is not None:
+        remote = None
+    elif remote is not None:
+        together(lambda: fetch(remote, checkpoints) if is_main() else None)
+        whole, more = together(lambda: checkpoints.newest_whole(sample, set_aside=True))
+        damaged = more + [one for one in damaged if one.step not in {other.step for other in more}]
     if whole is None and damaged:
         steps = f"step{'s' if len(damaged) > 1 else ''} {', '.join(str(checked.step) for checked in damaged)}"
         first = f"{damaged[0].step} has {damaged[0].damages[0]}"
@@ -68,7 +79,7 @@ def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
             f"no checkpoint in {checkpoints.folder} is whole, of {steps}; {first}; restore one from a copy, or move "
             "them away to begin anew"
         )
-    return Found(whole, damaged, time.monotonic() - began)
+    return Found(whole, damaged, time.monotonic() - began, remote if whole is not None else None)
 
 
 def start(
@@ -106,8 +117,9 @@ def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> 
         lines = [str(damage) for damage in checked.damages]
         for line in lines[:LISTED]:
             logger.warning(f"checkpoint {checked.step}: damaged: {line}")
+        as_name = f" as checkpoints/{checked.aside}" if checked.aside else ""
         more = f"{len(lines) - LISTED} more damaged files; " if len(lines) > LISTED else ""
-        logger.warning(f"checkpoint {checked.step}: {more}kept aside as checkpoints/{checked.aside}")
+        logger.warning(f"checkpoint {checked.step}: {more}kept aside{as_name}")
         log.event("damaged", step=checked.step, aside=checked.aside, files=lines[:LISTED], count=len(lines))
     if found.whole is None:
         log.event("started", **fields)
@@ -115,7 +127,8 @@ def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> 
     whole = found.whole
     part = "" if whole.bytes_read == whole.bytes else f"{whole.bytes_read / (whole.bytes or 1):.0%} of "
     verified = f"{whole.files:,} files, {part}{volume(whole.bytes)} verified in {found.seconds:.1f} s"
-    logger.info(f"resumed at step {whole.step}/{total_steps} of {log.folder}: {verified}")
+    place = f"fetched from {found.fetched}, " if found.fetched else ""
+    logger.info(f"resumed at step {whole.step}/{total_steps} of {log.folder}: {place}{verified}")
     counts = {"files": whole.files, "bytes": whole.bytes, "bytes_read": whole.bytes_read}
     log.event("resumed", step=whole.step, **counts, seconds=round(found.seconds, 3), **fields)
 

@@ -17,6 +17,7 @@ Beside them lie checkpoints/ and, of a process that hung, stacks-<process>.txt (
 - validation: step, valid_loss, valid_bits_per_byte
 - checkpoint: one that was committed, with its step, the seconds since its save began, bytes, and the steps deleted
 - checkpoint_failed: one that was not, with its step and the error
+- uploaded, upload_failed and so on: of copies at checkpoint.remote, see checkpoint/remote.py
 - ledger: see ledger.py
 - non_finite: step, quantities
 - finished, stopped, non_finite, failed: how the run ended, with the step or the error

@@ -9,6 +9,7 @@ from moejax.checkpoint.commit import Saved, State, has_ended
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, RunConfig
 from moejax.data.batches import merge_states
+from moejax.train.copies import Copies
 from moejax.train.phases import Phases
 from moejax.train.resume import Position, checkpoint_parts, volume
 from moejax.train.runlog import NoLog, RunLog
@@ -21,9 +22,14 @@ logger = logging.getLogger("moejax")
 class Saver:
     """The saves of a run. All processes call `save` and `save_last` at the same steps."""
 
-    def __init__(self, config: RunConfig, checkpoints: Checkpoints, log: RunLog | NoLog, phases: Phases):
-        """The minutes of `checkpoint.every_minutes` begin now."""
+    def __init__(
+        self, config: RunConfig, checkpoints: Checkpoints, copies: Copies, log: RunLog | NoLog, phases: Phases
+    ):
+        """The minutes of `checkpoint.every_minutes` begin now; the newest checkpoint is sent where it has not been."""
         self._config, self._checkpoints, self._log, self._phases = config, checkpoints, log, phases
+        self._copies = copies
+        if checkpoints.latest is not None:
+            copies.send(checkpoints.latest)
         self._began = time.monotonic()  # the save before
 
     def is_due(self, step: int) -> bool:
@@ -54,6 +60,7 @@ class Saver:
         """Says what came of a save that has ended, given the `state` of all processes."""
         if any(states) and has_ended(states):
             self._tell(self._checkpoints.wait())
+        self._copies.tell(self._log)
 
     def save_last(self, state: TrainState, position: Position) -> None:
         """Saves and waits for it.
@@ -65,7 +72,8 @@ class Saver:
         self.save(state, position)
         with self._phases("save_stall"):
             saved = self._checkpoints.wait()
-        self._tell(saved)
+            self._tell(saved)
+            self._copies.finish(self._log)
         failure = saved.failure if saved else None
         if failure is not None and failure.wanted is not None:
             raise ConfigError("out", str(self._checkpoints.folder), failure.wanted)
@@ -86,3 +94,4 @@ class Saver:
         logger.info(took + (f"; deleted {', '.join(map(str, deleted))}" if deleted else ""))
         seconds = round(saved.seconds, 3)
         self._log.event("checkpoint", step=saved.step, seconds=seconds, bytes=saved.bytes, deleted=deleted)
+        self._copies.send(saved.step)
