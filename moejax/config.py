@@ -434,6 +434,9 @@ class RunConfig:
     out: str | None = None  # the run folder; None: runs/<name>
     steps: int | None = None  # optimizer steps; None: until schedule.tokens
     seed: int = 0
+    # run folder, or its checkpoints/<step>, with whose weights and router biases a new run starts; None: they are drawn
+    resume_from: str | None = None
+    resume_optimizer: bool = False  # with the optimizer's moments of that run, too
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; master weights are FP32
     max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite, after which the run stops
     # a step that takes longer ends the run with exit code 11; compiling, restoring, validating, saving and drawing may

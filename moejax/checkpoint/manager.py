@@ -171,8 +171,8 @@ class Checkpoints:
         """
         return self.load(step, {"meta": None})["meta"]
 
-    def load(self, step: int, parts: dict[str, Any]) -> dict[str, Any]:
-        """The named parts of a checkpoint.
+    def load(self, step: int, parts: dict[str, Any], partial: bool = False) -> dict[str, Any]:
+        """The named parts of a checkpoint; with `partial` what else they have there is left out.
 
         Args:
             step: one that was saved.
@@ -182,7 +182,7 @@ class Checkpoints:
             ConfigError: the checkpoint does not have those arrays.
         """
         try:
-            with orbax_settings():
+            with orbax_settings(partial):
                 loaded = ocp.load_checkpointables(self.folder / str(step), parts)
         except (ValueError, KeyError, OSError) as error:
             place, why = f"checkpoint {self.folder / str(step)}", str(first_cause(error)).splitlines()[0]

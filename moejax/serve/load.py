@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ONE_DEVICE, ConfigError, ModelConfig, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
 from moejax.mesh import BATCH_AXES, one_device_mesh
@@ -25,6 +24,7 @@ from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
+from moejax.train.source import open_source
 from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as
 from moejax.train.together import CompiledTogether
 
@@ -102,17 +102,9 @@ def load(folder: str | Path) -> Model:
     path = Path(folder)
     if _is_hugging_face(path):
         return _load_hugging_face(path)
-    run, step = path, None
-    if path.parent.name == "checkpoints" and path.name.isdigit():
-        run, step = path.parent.parent, int(path.name)
     wanted = "a run folder, one of its checkpoints/<step>, or a Hugging Face folder"
-    if not (run / "config.json").is_file():
-        raise ConfigError("RUN", str(folder), wanted)
-    config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"))
-    with Checkpoints(run / "checkpoints") as checkpoints:
-        if not checkpoints.steps or (step is not None and step not in checkpoints.steps):
-            raise ConfigError("RUN", str(folder), f"{wanted}; there is no checkpoint yet")
-        step = _newest_whole(checkpoints) if step is None else _whole(checkpoints, step)
+    config, checkpoints, step = open_source("RUN", path, wanted)
+    with checkpoints:
         config, mesh = replace(config, mesh=ONE_DEVICE), one_device_mesh()
         state = abstract_state(config, mesh)
         shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
@@ -120,23 +112,6 @@ def load(folder: str | Path) -> Model:
         parts = checkpoints.load(step, stacked_as(before, shapes))
         model = restacked(parts, before, layer_of_slot(config), shapes)["model"]
     return from_state(config, mesh, model["params"], model["router_bias"])
-
-
-def _newest_whole(checkpoints: Checkpoints) -> int:
-    """The newest step that is whole; damaged newer ones are said, and left where they are."""
-    whole, damaged = checkpoints.newest_whole(1.0, set_aside=False)
-    for checked in damaged:
-        logger.warning(f"checkpoint {checked.step}: damaged, skipped: {checked.damages[0]}")
-    if whole is None:
-        raise ConfigError("RUN", str(checkpoints.folder), "a folder with a checkpoint that is whole")
-    return whole.step
-
-
-def _whole(checkpoints: Checkpoints, step: int) -> int:
-    damages = checkpoints.check(step).damages
-    if damages:
-        raise ConfigError("RUN", str(checkpoints.folder / str(step)), f"a checkpoint that is whole ({damages[0]})")
-    return step
 
 
 def from_state(

@@ -19,6 +19,7 @@ from moejax.train.copies import fetch
 from moejax.train.guard import DamagedError
 from moejax.train.peak import memory_limit_bytes
 from moejax.train.runlog import NoLog, RunLog
+from moejax.train.source import open_source
 from moejax.train.state import (
     TrainState,
     abstract_state,
@@ -27,8 +28,9 @@ from moejax.train.state import (
     new_state,
     restacked,
     stacked_as,
+    state_from,
 )
-from moejax.train.together import is_main, together
+from moejax.train.together import everyones, is_main, together
 
 logger = logging.getLogger("moejax")
 
@@ -53,6 +55,7 @@ class Found:
     damaged: list[Checked]  # newer ones
     seconds: float  # in which they were checked
     fetched: str | None = None  # the address from which the whole one was brought
+    source: tuple[Checkpoints, int] | None = None  # of `resume_from`, where there is no checkpoint here: whose weights
 
 
 def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
@@ -79,7 +82,11 @@ def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
             f"no checkpoint in {checkpoints.folder} is whole, of {steps}; {first}; restore one from a copy, or move "
             "them away to begin anew"
         )
-    return Found(whole, damaged, time.monotonic() - began, remote if whole is not None else None)
+    source = None
+    if whole is None and config.resume_from is not None:
+        wanted = "a run folder, or one of its checkpoints/<step>"
+        source = together(lambda: open_source("resume_from", config.resume_from or "", wanted, agree=everyones)[1:])
+    return Found(whole, damaged, time.monotonic() - began, remote if whole is not None else None, source)
 
 
 def start(
@@ -93,14 +100,34 @@ def start(
     if found.whole is not None:  # 1. the newest whole checkpoint of this run folder
         step, shapes = found.whole.step, checkpoint_parts(abstract_state(config, mesh))
         meta = checkpoints.load_meta(step)
-        before, after = tuple(meta.pop("layer_of_slot")), layer_of_slot(config)
-        parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes))
-        parts = parts if before == after else restacked(parts, before, after, shapes)
+        parts = _loaded(config, checkpoints, step, tuple(meta.pop("layer_of_slot")), shapes)
         position = Position(**meta)
         assert position.data is not None  # only a run that did a step saves
         data.train.restore(position.data)
         return TrainState(**parts["model"], **parts["optimizer"]), position
-    return new_state(config, mesh), Position()  # 2. parameters drawn from the seed
+    if found.source is not None:  # 2. the weights of another run
+        return _of_another_run(config, mesh, *found.source), Position()
+    return new_state(config, mesh), Position()  # 3. parameters drawn from the seed
+
+
+def _of_another_run(config: RunConfig, mesh: Mesh, checkpoints: Checkpoints, step: int) -> TrainState:
+    state = checkpoint_parts(abstract_state(config, mesh))
+    shapes = {"model": state["model"]}
+    if config.resume_optimizer:
+        shapes["optimizer"] = {"opt_state": state["optimizer"]["opt_state"]}
+    before = tuple(checkpoints.load_meta(step)["layer_of_slot"])
+    parts = _loaded(config, checkpoints, step, before, shapes, partial=True)
+    opt_state = parts["optimizer"]["opt_state"] if config.resume_optimizer else None
+    return state_from(config, mesh, **parts["model"], opt_state=opt_state)
+
+
+def _loaded(
+    config: RunConfig, checkpoints: Checkpoints, step: int, before: tuple[int, ...], shapes: Any, partial: bool = False
+) -> dict[str, Any]:
+    """Parts of a checkpoint whose MoE blocks lie in the order of the slots `before`, in this run's order."""
+    after = layer_of_slot(config)
+    parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes), partial)
+    return parts if before == after else restacked(parts, before, after, shapes)
 
 
 def checkpoint_parts(state: TrainState) -> dict[str, Any]:
@@ -122,6 +149,10 @@ def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> 
         logger.warning(f"checkpoint {checked.step}: {more}kept aside{as_name}")
         log.event("damaged", step=checked.step, aside=checked.aside, files=lines[:LISTED], count=len(lines))
     if found.whole is None:
+        if found.source is not None:
+            folder, step = found.source[0].folder.parent, found.source[1]
+            logger.info(f"started with the weights of step {step} of {folder}")
+            fields |= {"source": str(folder), "source_step": step}
         log.event("started", **fields)
         return
     whole = found.whole

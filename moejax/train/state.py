@@ -72,6 +72,16 @@ def new_state(config: RunConfig, mesh: Mesh) -> TrainState:
         return jax.jit(lambda: _first_state(config), out_shardings=shardings, compiler_options=options)()
 
 
+def state_from(config: RunConfig, mesh: Mesh, params: Tree, router_bias: Tree, opt_state: Any = None) -> TrainState:
+    """The state before the first step of a run that starts with these weights; `opt_state` None: without moments."""
+    like, optimizer = abstract_state(config, mesh), make_optimizer(config.optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, (like.step, like.opt_state))
+    with jax.set_mesh(mesh):
+        step, fresh = jax.jit(lambda p: (jnp.zeros((), jnp.int32), optimizer.init(p)), out_shardings=shardings)(params)
+    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
+    return TrainState(step, params, router_bias, fresh if opt_state is None else opt_state, ema)  # type: ignore[arg-type]
+
+
 def abstract_state(config: RunConfig, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shapes, dtypes and shardings of `new_state`, without making it; the devices need not exist."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
