@@ -171,6 +171,23 @@ def test_gradients_sums_and_what_ran(ranks, schedule, microbatches):
     assert_ran_as_planned(program, table, ran)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "microbatches", "layers"),
+    [
+        ("dualpipe", 8, (0, 2, 1, 0)),
+        ("dualpipe", 8, (1, 0, 0, 3)),
+        ("dualpipe_v", 4, (1, 0, 2, 1)),
+        ("zb1p", 4, (0, 2)),
+    ],
+)
+def test_stages_without_layers(schedule, microbatches, layers):
+    program = named(schedule, len(layers), microbatches)
+    stack, extras = weights(sum(layers))
+    *got, ran, table = run_on_mesh(program, layers, stack, extras)
+    assert_close(tuple(got), one_device(stack, extras, microbatches))
+    assert_ran_as_planned(program, table, ran)
+
+
 def test_without_stages_micro_batches_pass_forward_and_back_one_after_the_other():
     program = unpiped(3)
     table, (stack, extras) = build(program), weights(4)

@@ -12,7 +12,7 @@ from moejax.config import LogConfig, RunConfig
 from moejax.train.ledger import KINDS, Ledger, read_events
 from moejax.train.runlog import RunLog
 
-START = 1_700_000_000.0  # of the first session; all times here are multiples of 1/8 s, whose sums are exact
+START = 1_700_000_000.0  # of the first attempt; all times here are multiples of 1/8 s, whose sums are exact
 
 
 class Clock:
@@ -32,8 +32,8 @@ def clock():
 
 
 @pytest.fixture
-def session(tmp_path, clock):
-    """Opens the ledger of another session, which writes as RunLog does."""
+def attempt(tmp_path, clock):
+    """Opens the ledger of another attempt, which writes as RunLog does."""
     path = tmp_path / "events.jsonl"
 
     def write(kind, **fields):
@@ -66,12 +66,12 @@ def seconds_of(ledger):
     return {kind: seconds for kind, seconds in ledger.totals().items() if seconds}
 
 
-# --------------------------------------------------------------------------------------------------------- one session
+# --------------------------------------------------------------------------------------------------------- one attempt
 
 
-def test_every_kind_of_a_session_is_counted(session, clock):
+def test_every_kind_of_a_attempt_is_counted(attempt, clock):
     clock.pass_by(3)
-    ledger, write = session(began=START)
+    ledger, write = attempt(began=START)
     clock.pass_by(1)
     spend(ledger, clock, "restore", 2)
     ledger.resume(0, write)
@@ -88,16 +88,16 @@ def test_every_kind_of_a_session_is_counted(session, clock):
     assert ledger.goodput() == 8 / (clock.now - START)
 
 
-def test_initialisation_ends_with_the_first_step_where_nothing_is_compiled(session, clock):
-    ledger, _ = session(0)
+def test_initialisation_ends_with_the_first_step_where_nothing_is_compiled(attempt, clock):
+    ledger, _ = attempt(0)
     clock.pass_by(2)
     do_steps(ledger, clock, [1])
     clock.pass_by(4)
     assert seconds_of(ledger) == {"initialisation": 2, "steps": 1, "other": 4}
 
 
-def test_inner_time_is_not_counted_for_the_outer(session, clock):
-    ledger, _ = session(0)
+def test_inner_time_is_not_counted_for_the_outer(attempt, clock):
+    ledger, _ = attempt(0)
     with ledger.step(1):
         clock.pass_by(1)
         with ledger.spend("compilation"):
@@ -108,106 +108,106 @@ def test_inner_time_is_not_counted_for_the_outer(session, clock):
 
 
 @pytest.mark.parametrize("kind", ["steps", "restart", "lost_work", "lunch"])
-def test_kind_that_is_not_spent_is_refused(session, kind):
-    ledger, _ = session(0)
+def test_kind_that_is_not_spent_is_refused(attempt, kind):
+    ledger, _ = attempt(0)
     with pytest.raises(ValueError, match=f"{kind}.*validation"), ledger.spend(kind):
         pass
 
 
-def test_clock_that_is_set_back_stands_still(session, clock):
-    ledger, _ = session(0)
+def test_clock_that_is_set_back_stands_still(attempt, clock):
+    ledger, _ = attempt(0)
     do_steps(ledger, clock, [1], 4.0)
     clock.pass_by(-2)
     do_steps(ledger, clock, [2], 3.0)
     assert seconds_of(ledger) == {"steps": 5}
 
 
-def test_lines_are_written_when_due(session, clock):
-    ledger, _ = session(0, every=10.0)
+def test_lines_are_written_when_due(attempt, clock):
+    ledger, _ = attempt(0, every=10.0)
     do_steps(ledger, clock, range(1, 26))
-    assert [line["step"] for line in read_events(session.path)] == [0, 10, 20]
-    spend(ledger, clock, "save_stall", 1)  # at once, since the next session may begin here
+    assert [line["step"] for line in read_events(attempt.path)] == [0, 10, 20]
+    spend(ledger, clock, "save_stall", 1)  # at once, since the next attempt may begin here
     spend(ledger, clock, "validation", 9)
     spend(ledger, clock, "validation", 1)  # 10 s after the save
-    assert [line["seconds"].get("validation") for line in read_events(session.path)][3:] == [None, 10]
+    assert [line["seconds"].get("validation") for line in read_events(attempt.path)][3:] == [None, 10]
 
 
-# ------------------------------------------------------------------------------------------------------- many sessions
+# ------------------------------------------------------------------------------------------------------- many attempts
 
 
-def test_steps_that_are_done_again_are_lost_work(session, clock):
-    first, _ = session(0)
+def test_steps_that_are_done_again_are_lost_work(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, range(1, 5))
     spend(first, clock, "save_stall", 2)
     do_steps(first, clock, range(5, 8), 2.0)
-    clock.pass_by(60)  # in which the session was killed
-    second, _ = session(4)
+    clock.pass_by(60)  # in which the attempt was killed
+    second, _ = attempt(4)
     do_steps(second, clock, range(5, 9), 1.0)
     assert seconds_of(second) == {"steps": 8, "save_stall": 2, "restart": 60, "lost_work": 6}
-    assert (second.sessions, second.lost_steps) == (2, 3)
+    assert (second.attempts, second.lost_steps) == (2, 3)
     assert second.goodput() == 8 / 76
 
 
-def test_step_that_did_not_end_is_lost_work(session, clock):
-    first, _ = session(0)
+def test_step_that_did_not_end_is_lost_work(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, [1])
     spend(first, clock, "save_stall", 1)
     with pytest.raises(KeyboardInterrupt), first.step(2):
         clock.pass_by(16)
         raise KeyboardInterrupt
     first.note()
-    second, _ = session(1)
+    second, _ = attempt(1)
     assert seconds_of(second) == {"steps": 1, "save_stall": 1, "lost_work": 16}
     assert second.lost_steps == 0
 
 
-def test_older_checkpoint_loses_the_work_of_two_sessions(session, clock):
+def test_older_checkpoint_loses_the_work_of_two_attempts(attempt, clock):
     for resumed, steps, each in ((0, range(1, 7), 1.0), (4, range(5, 10), 8.0)):
-        ledger, _ = session(resumed)
+        ledger, _ = attempt(resumed)
         for step in steps:
             do_steps(ledger, clock, [step], each)
             spend(ledger, clock, "save_stall", 0.125)
-    third, _ = session(2)
+    third, _ = attempt(2)
     totals = third.totals()
     assert (totals["steps"], totals["lost_work"]) == (2, 4 + 5 * 8)
     assert third.lost_steps == 2 + 7
 
 
-def test_session_that_was_killed_before_its_first_line_is_restart(session, clock):
-    first, _ = session(0)
+def test_attempt_that_was_killed_before_its_first_line_is_restart(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, [1])
-    killed, _ = session()
+    killed, _ = attempt()
     clock.pass_by(100)
     spend(killed, clock, "restore", 20)
-    last, _ = session(1)
+    last, _ = attempt(1)
     assert seconds_of(last) == {"steps": 1, "restart": 120}
 
 
-def test_checkpoint_newer_than_the_last_line_loses_nothing(session, clock):
-    first, _ = session(0, every=1000.0)
+def test_checkpoint_newer_than_the_last_line_loses_nothing(attempt, clock):
+    first, _ = attempt(0, every=1000.0)
     do_steps(first, clock, range(1, 6))
-    second, _ = session(5)
+    second, _ = attempt(5)
     assert seconds_of(second) == {"restart": 5}  # nobody wrote down what the time went into
     assert second.lost_steps == 0
 
 
-def test_two_runs_of_one_process_do_not_overlap(session, clock):
-    first, _ = session(0)
+def test_two_runs_of_one_process_do_not_overlap(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, [1, 2])
     clock.pass_by(1)
-    second, _ = session(2, began=START)  # when the process started is before all of that
+    second, _ = attempt(2, began=START)  # when the process started is before all of that
     do_steps(second, clock, [3])
     assert seconds_of(second) == {"steps": 3, "initialisation": 1}
 
 
-def test_run_of_many_sessions_sums_to_the_wall_clock(session, clock):
+def test_run_of_many_attempts_sums_to_the_wall_clock(attempt, clock):
     """Against a list of all steps, of which those after the checkpoint are struck off."""
     draw, saved, kept, lost, starts = random.Random(0), 0, [], [], []
     for _ in range(20):
         clock.pass_by(draw.randrange(800) / 8)  # in which nothing runs
         starts.append(clock.now)
         clock.pass_by(draw.randrange(80) / 8)
-        ledger, write = session(began=starts[-1])
+        ledger, write = attempt(began=starts[-1])
         spend(ledger, clock, "restore", draw.randrange(40) / 8)
         ledger.resume(saved, write)
         lost += kept[saved:]
@@ -243,26 +243,26 @@ def test_run_of_many_sessions_sums_to_the_wall_clock(session, clock):
     ],
     ids=["no newline", "cut off", "half a line", "half a line and one behind it", "zeros", "half a character"],
 )
-def test_damaged_end_does_not_break_the_next_session(session, clock, spoil):
-    first, _ = session(0)
+def test_damaged_end_does_not_break_the_next_attempt(attempt, clock, spoil):
+    first, _ = attempt(0)
     do_steps(first, clock, [1, 2])
-    text = spoil(session.path.read_text())
-    session.path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    second, _ = session(1)
+    text = spoil(attempt.path.read_text())
+    attempt.path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    second, _ = attempt(1)
     do_steps(second, clock, [2, 3])
-    third, _ = session(3)
+    third, _ = attempt(3)
     assert sum(third.totals().values()) == clock.now - START
     assert third.totals()["steps"] == 3
-    assert third.sessions == 3
+    assert third.attempts == 3
 
 
-def test_lost_line_costs_nothing(session, clock):
-    first, _ = session(0)
+def test_lost_line_costs_nothing(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, range(1, 6))
-    whole = session(5)[0].totals()
-    lines = session.path.read_text().splitlines(keepends=True)
-    session.path.write_text("".join(lines[3:-1]))
-    assert session(5)[0].totals() == whole
+    whole = attempt(5)[0].totals()
+    lines = attempt.path.read_text().splitlines(keepends=True)
+    attempt.path.write_text("".join(lines[3:-1]))
+    assert attempt(5)[0].totals() == whole
 
 
 def test_killed_process_leaves_what_it_did(tmp_path):
@@ -293,7 +293,7 @@ for step in range(1, 1000):
     totals = ledger.totals()
     assert totals["steps"] >= 0.05
     assert totals["restart"] == 1
-    assert sum(totals.values()) == lines[-1]["until"] + 1 - lines[0]["session"]
+    assert sum(totals.values()) == lines[-1]["until"] + 1 - lines[0]["attempt"]
 
 
 # --------------------------------------------------------------------------------------------------------- its reports
@@ -313,11 +313,11 @@ def test_run_log_keeps_the_lines(tmp_path, clock):
     assert Ledger(path, began=clock.now, clock=clock).totals() == ledger.totals()
 
 
-def test_summary_and_table_say_what_became_of_the_time(session, clock):
-    first, _ = session(0)
+def test_summary_and_table_say_what_became_of_the_time(attempt, clock):
+    first, _ = attempt(0)
     do_steps(first, clock, range(1, 1001), 2.0)
     clock.pass_by(400)
-    second, _ = session(800)
+    second, _ = attempt(800)
     spend(second, clock, "compilation", 100)
     spend(second, clock, "validation", 100)
     assert second.summary() == {
@@ -325,7 +325,7 @@ def test_summary_and_table_say_what_became_of_the_time(session, clock):
         "wall_seconds": 2600,
         "seconds": dict.fromkeys(KINDS, 0)
         | {"steps": 1600, "lost_work": 400, "restart": 400, "compilation": 100, "validation": 100},
-        "sessions": 2,
+        "attempts": 2,
         "lost_steps": 200,
     }
     assert second.table().splitlines() == [
@@ -335,11 +335,11 @@ def test_summary_and_table_say_what_became_of_the_time(session, clock):
         "restart                 400.0 s   15.4%",
         "lost work               400.0 s   15.4%",
         "wall clock            2,600.0 s  100.0%",
-        "2 sessions, 200 steps lost, goodput 61.5%",
+        "2 attempts, 200 steps lost, goodput 61.5%",
     ]
 
 
-def test_new_ledger_has_no_goodput(session):
-    ledger, _ = session(0)
+def test_new_ledger_has_no_goodput(attempt):
+    ledger, _ = attempt(0)
     assert ledger.goodput() == 0
-    assert ledger.table().endswith("1 session, 0 steps lost, goodput 0.0%")
+    assert ledger.table().endswith("1 attempt, 0 steps lost, goodput 0.0%")

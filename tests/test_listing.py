@@ -109,9 +109,10 @@ def test_a_copy_is_checked(run, tmp_path, capsys):
         (["nowhere"], "RUN='nowhere': wanted a run folder with checkpoints"),
         (["RUN", "copy", "2"], "TO=None: wanted a folder for the copy"),
         (["RUN", "copy", "2", "RUN"], "TO=.*: wanted a place where nothing is yet"),
+        (["RUN", "copy", "2", "/dev/null/2"], "TO=.*: wanted a folder that can be written"),
         (["RUN", "burn"], "checkpoints=.*burn"),
     ],
-    ids=["no such step", "no run", "no place", "something there", "no such action"],
+    ids=["no such step", "no run", "no place", "something there", "cannot be written", "no such action"],
 )
 def test_bad_input_is_one_line(saved, capsys, words, line):
     assert main(["checkpoints", *(str(saved) if word == "RUN" else word for word in words)]) == 2

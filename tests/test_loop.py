@@ -106,7 +106,7 @@ def test_ledger_sums_to_the_wall_clock(finished):
     steps = sum(line["step_time"] for line in metrics_of(Path(finished.folder)))
     assert steps < ledger["wall_seconds"] <= _finished["seconds"]
     assert all(ledger["seconds"][kind] > 0 for kind in ("steps", "compilation", "validation", "save_stall", "pictures"))
-    assert (ledger["sessions"], ledger["lost_steps"], ledger["seconds"]["lost_work"]) == (1, 0, 0)
+    assert (ledger["attempts"], ledger["lost_steps"], ledger["seconds"]["lost_work"]) == (1, 0, 0)
 
 
 def test_stop_and_resume_is_bitwise_equal(finished, change, tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_skipped_and_its_steps_done_again(finished, monk
     assert f"WARNING checkpoint 6: damaged: {what}" in log and "kept aside as checkpoints/6.damaged.1" in log
     assert f"resumed at step 4/6 of {folder}: {resumed['files']} files" in log
     ledger = json.loads((folder / "summary.json").read_text())["time"]
-    assert (ledger["sessions"], ledger["lost_steps"]) == (2, 2) and ledger["seconds"]["lost_work"] > 0
+    assert (ledger["attempts"], ledger["lost_steps"]) == (2, 2) and ledger["seconds"]["lost_work"] > 0
 
 
 def test_no_whole_checkpoint_is_an_error_every_time(finished):

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from moejax.checkpoint.integrity import is_complete, write_manifest
+from moejax.checkpoint.integrity import is_complete, sync, write_manifest
 
 logger = logging.getLogger("moejax")
 
@@ -152,14 +152,14 @@ class Saving(threading.Thread):
         with self._lock:
             if not self._given_up:
                 os.rename(self.path, self.folder / str(self.step))
-                _sync(self.folder)
+                sync(self.folder)
         return not self._given_up
 
     def _delete_old(self) -> None:
         if self.retention is None:
             return
         own = [entry.name for entry in entries(self.folder) if entry.name.isdigit() and not entry.is_symlink()]
-        for step in self.retention.doomed({int(name): _validation_loss(self.folder / name) for name in own}):
+        for step in self.retention.doomed({int(name): read_meta(self.folder / name).get("valid_loss") for name in own}):
             gone = self.folder / f"{step}{SAVING}"  # at once: a kill in the middle leaves no half checkpoint
             try:
                 os.rename(self.folder / str(step), gone)
@@ -169,12 +169,13 @@ class Saving(threading.Thread):
                 logger.warning(f"checkpoint {step} could not be deleted: {error}")
 
 
-def _validation_loss(folder: Path) -> float | None:
-    """That of a checkpoint's `meta`; None where it has none, or cannot be read: then it is not the best."""
+def read_meta(folder: Path) -> dict[str, Any]:
+    """A checkpoint's `meta`, without Orbax; empty where there is none, or it cannot be read."""
     try:
-        return json.loads((folder / "meta" / "data.json").read_text(encoding="utf-8")).get("valid_loss")
-    except (OSError, ValueError, AttributeError):
-        return None
+        meta = json.loads((folder / "meta" / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return meta if isinstance(meta, dict) else {}
 
 
 def failure_of(error: BaseException) -> Failure:
@@ -207,14 +208,6 @@ def entries(folder: Path) -> list[os.DirEntry]:
             return list(found)
     except FileNotFoundError:
         return []
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def first_cause(error: BaseException) -> BaseException:

@@ -99,9 +99,9 @@ def write_manifest(folder: Path, part: int = 0, parts: int = 1, threads: int = T
     text = json.dumps(content).encode()[:-1]
     temporary = folder / f"{_path(part)}.part"
     temporary.write_bytes(text + _seal(text))
-    _sync(temporary)
+    sync(temporary)
     os.replace(temporary, folder / _path(part))
-    _sync(folder)
+    sync(folder)
 
 
 def is_complete(folder: Path, wait: float = 0.0) -> bool:
@@ -124,7 +124,8 @@ def _seal(text: bytes) -> bytes:
     return b', "crc32": "%08x"}\n' % zlib.crc32(text)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,6 @@
 """What checkpoints a run has, and what is in them: for `moejax checkpoints`."""
 
 import contextlib
-import json
 import math
 import shutil
 import time
@@ -15,7 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 from rich.table import Table
 
-from moejax.checkpoint.commit import SAVING, orbax_settings
+from moejax.checkpoint.commit import SAVING, failure_of, orbax_settings, read_meta
 from moejax.checkpoint.integrity import verify
 from moejax.checkpoint.manager import DAMAGED
 from moejax.config import ConfigError
@@ -54,7 +53,11 @@ def entries(run: str | Path) -> list[Entry]:
         ConfigError: it has none.
     """
     folder = checkpoints_of(run)
-    found = (_entry(path) for path in folder.iterdir() if path.is_dir() and path.name.split(".")[0].isdigit())
+    found = []
+    for path in folder.iterdir():
+        if path.name.split(".")[0].isdigit() and path.is_dir():
+            with contextlib.suppress(FileNotFoundError):  # the run has just renamed or deleted it
+                found.append(_entry(path))
     return sorted(found, key=lambda entry: (entry.step, entry.name))
 
 
@@ -93,14 +96,18 @@ def copy(folder: Path, to: Path) -> int:
     """Copies a checkpoint, checks the copy, and returns the number of its files.
 
     Raises:
-        ConfigError: there is something at `to` already, or the copy is damaged, as the checkpoint may have been.
+        ConfigError: there is something at `to` already, it cannot be written, or the copy is damaged, as the checkpoint
+            may have been.
     """
     if to.exists():
         raise ConfigError("TO", str(to), "a place where nothing is yet")
     part = to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    to.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, part)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, part)
+    except (OSError, shutil.Error) as error:
+        raise ConfigError("TO", str(to), f"a folder that can be written ({failure_of(error).words})") from None
     found = verify(part)
     if found.damages:
         shutil.rmtree(part)
@@ -183,18 +190,10 @@ def _mesh(path: Path) -> dict[str, int]:
     return {}
 
 
-def _meta(path: Path) -> dict[str, Any]:
-    try:
-        meta = json.loads((path / "meta" / "data.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
-
-
 def _entry(path: Path) -> Entry:
     word, _, rest = path.name.partition(".")
     state = "damaged" if rest.startswith(DAMAGED[1:]) else "saving" if rest.startswith(SAVING[1:]) else "committed"
-    meta = _meta(path)
+    meta = read_meta(path)
     return Entry(
         name=path.name,
         step=int(word),

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,36 +18,25 @@ from jax import lax
 from jaxtyping import Array
 
 from moejax.pipeline.carry import JOINED, Carry, Outcome, Row, recorded
+from moejax.pipeline.cells import Cells
 from moejax.pipeline.pools import get, put, varying, when
 from moejax.pipeline.table import Edges, Table, Transfer
+from moejax.pipeline.whole import WholePasses
 
 
-class Runs(Protocol):
-    """What runs the cells of a rank: `cells.Cells` of stages, `whole.WholePasses` without any."""
-
-    def start(self, record: Array) -> Carry:
-        """What is carried from slot to slot, before the first; `record`: `Outcome.ran`."""
-
-    def run(self, kind: tuple[str, ...], carry: Carry, row: Row) -> Carry:
-        """One cell, of one of the table's kinds; `row`: its numbers."""
-
-    def late(self, carry: Carry, row: Row) -> Carry:
-        """What a joined cell has left."""
-
-
-def run(table: Table, rows: Row, cells: Runs, keep_record: bool = False) -> Outcome:
+def run(table: Table, rows: Row, cells: Cells | WholePasses, keep_record: bool = False) -> Outcome:
     """The gradients and sums of all micro-batches.
 
     Args:
         table: the static part of the schedule.
         rows: its columns of this rank, int32 [slots].
-        cells: run what the table names.
+        cells: what runs those that the table names: of stages, or without any.
         keep_record: whether `Outcome.ran` is to say what ran.
     """
     rows, transfer = varying(rows), jnp.asarray(table.transfer)
     slots = jnp.arange(table.num_slots)
     present = [index for index, kind in enumerate(table.kinds) if kind]
-    between = _between(table, cells)
+    between = _between(table, cells) if isinstance(cells, Cells) else None
     only = present[0] if (table.rows.cell == present[0]).all() else None  # then nothing depends on the slot
 
     def slot(carry: Carry, this: tuple[Row, Array, Array]) -> tuple[Carry, None]:
@@ -61,16 +49,14 @@ def run(table: Table, rows: Row, cells: Runs, keep_record: bool = False) -> Outc
                 return cells.run(kind, carry, own)
 
             carry = cell(carry, jnp.zeros_like(row.cell)) if index == only else when(row.cell == index, cell, carry)
-        return between(carry, row, transfer), None
+        return between(carry, row, transfer) if between else carry, None
 
     record = jnp.zeros((table.num_slots if keep_record else 0, 2, 3), jnp.int32)
     return lax.scan(slot, cells.start(record), (rows, transfer, slots))[0].outcome
 
 
-def _between(table: Table, cells: Runs) -> Callable[[Carry, Row, Array], Carry]:
+def _between(table: Table, cells: Cells) -> Callable[[Carry, Row, Array], Carry]:
     """What stands between two slots: transfers, and what joined cells have left."""
-    if table.program.num_stages == 1:
-        return lambda carry, row, transfer: carry
     joined = table.kinds.index(JOINED) if JOINED in table.kinds else -1
     beside = _ends_of_joined(table, joined)
 

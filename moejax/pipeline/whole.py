@@ -32,7 +32,3 @@ class WholePasses:
             dmodel, sums = jax.grad(self.objective, has_aux=True)(self.model, row.f_microbatch)
             carry = with_outcome(carry, dextras=jax.tree.map(jnp.add, carry.outcome.dextras, dmodel))
         return with_outcome(carry, sums=jax.tree.map(jnp.add, carry.outcome.sums, sums))
-
-    def late(self, carry: Carry, row: Row) -> Carry:
-        """A pass leaves nothing for later."""
-        return carry

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,6 @@ from moejax.serve.generate import sample_tokens
 from moejax.train.source import open_source
 from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as
 from moejax.train.together import CompiledTogether
-
-logger = logging.getLogger("moejax")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from moejax.train.together import is_main
 logger = logging.getLogger("moejax")
 
 LAST_SECONDS = 600.0  # in which the last upload may end, once training has
+STOPPED_SECONDS = 10.0  # the same when the run was asked to stop: the upload goes on with the next start
 
 
 class Copies:
@@ -39,7 +40,7 @@ class Copies:
 
     def __exit__(self, kind: object, *error: object) -> None:
         if self._uploader is not None:
-            self._uploader.close(LAST_SECONDS if kind is None else 10.0)
+            self._uploader.__exit__(kind, *error)
 
     def send(self, step: int) -> None:
         """Queues a checkpoint that was committed; what was sent of it before is not sent again."""
@@ -50,10 +51,10 @@ class Copies:
             except ConfigError as error:  # it has been deleted since, or damaged
                 self._told.put(("upload_failed", {"step": step, "error": str(error)}))
 
-    def finish(self, log: RunLog | NoLog) -> None:
-        """Waits for the last upload, and says what came of it."""
+    def finish(self, log: RunLog | NoLog, seconds: float) -> None:
+        """Waits for the last upload, at most so long, and says what came of it."""
         if self._uploader is not None:
-            self._uploader.close(LAST_SECONDS)
+            self._uploader.close(seconds)
             self.tell(log)
 
     def tell(self, log: RunLog | NoLog) -> None:

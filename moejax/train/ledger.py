@@ -1,12 +1,12 @@
-"""Where the wall-clock time of a run goes, over all its sessions: the kinds of KINDS, which sum to the wall clock.
+"""Where the wall-clock time of a run goes, over all its attempts: the kinds of KINDS, which sum to the wall clock.
 
-A session is the life of one process; a run is stopped, killed and resumed many times. At any moment the clock runs for
+An attempt is the life of one process; a run is stopped, killed and resumed many times. At any moment the clock runs for
 one kind only. What is known so far becomes a line of kind "ledger" in the run's events.jsonl, at least after every
-save, so that of a session that was killed only the time since its last line is unknown; it counts as restart.
+save, so that of an attempt that was killed only the time since its last line is unknown; it counts as restart.
 
-A line has: session (its start), resumed (the step it went on from), step (the last one done), useful (seconds of steps
-when that one was done), until (when the line was written), seconds (of the session, kind by kind). Times are seconds,
-`session` and `until` since the epoch; every line holds the whole session, so that any other may be lost.
+A line has: attempt (its start), resumed (the step it went on from), step (the last one done), useful (seconds of steps
+when that one was done), until (when the line was written), seconds (of the attempt, kind by kind). Times are seconds,
+`attempt` and `until` since the epoch; every line holds the whole attempt, so that any other may be lost.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ KINDS = {
     "compilation": "of the step and the validation",
     "restore": "checking and loading a checkpoint",
     "initialisation": "from the start of the process to its first compilation or step, restore apart",
-    "restart": "from a session's last line to the start of the next session",
-    "lost_work": "of steps that a later session did again, and of steps that did not end",
+    "restart": "from an attempt's last line to the start of the next attempt",
+    "lost_work": "of steps that a later attempt did again, and of steps that did not end",
     "other": "all else",
 }
 SPENT = KINDS.keys() - {"steps", "restart", "lost_work"}  # what `Ledger.spend` takes
@@ -38,7 +38,7 @@ class _Mark(NamedTuple):
 
 
 class Ledger:
-    """The time of a run, in this session and the earlier ones."""
+    """The time of a run, in this attempt and the earlier ones."""
 
     def __init__(
         self, earlier: Path, *, began: float, every: float = 30.0, clock: Callable[[], float] = time.time
@@ -46,17 +46,17 @@ class Ledger:
         """Opens the ledger in the kind initialisation, before anything that takes time.
 
         Args:
-            earlier: events.jsonl of the run, with the lines of earlier sessions; it need not exist.
-            began: when this session's process started, seconds since the epoch.
+            earlier: events.jsonl of the run, with the lines of earlier attempts; it need not exist.
+            began: when this attempt's process started, seconds since the epoch.
             every: seconds after which a line is due at the end of a step or phase.
             clock: seconds since the epoch. Where it is set back, it counts as standing still.
         """
-        self.sessions = self.lost_steps = 0
+        self.attempts = self.lost_steps = 0
         self._every, self._clock = every, clock
         self._write: Callable[..., None] | None = None
-        self._before, self._own = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)  # seconds; of this session
-        self._marks = [_Mark(0, 0.0)]  # of earlier sessions, ascending
-        self._session = self._until = self._noted = self._useful = 0.0
+        self._before, self._own = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)  # seconds; of this attempt
+        self._marks = [_Mark(0, 0.0)]  # of earlier attempts, ascending
+        self._attempt = self._until = self._noted = self._useful = 0.0
         self._step = self._resumed = 0
         for line in read_events(earlier):
             if line.get("kind") == "ledger":
@@ -65,10 +65,10 @@ class Ledger:
         self._kind = "initialisation"
 
     def resume(self, step: int, write: Callable[..., None]) -> None:
-        """Says from which step this session goes on (0: a new run), and opens the run's events for writing.
+        """Says from which step this attempt goes on (0: a new run), and opens the run's events for writing.
 
         Args:
-            step: last step that the state holds; the steps that earlier sessions did after it are lost work.
+            step: last step that the state holds; the steps that earlier attempts did after it are lost work.
             write: as `RunLog.event`.
         """
         self._go_back(step)
@@ -93,16 +93,16 @@ class Ledger:
         self._note_if_due()
 
     def note(self) -> None:
-        """Writes a line now: for the end of a session. A save and a long phase write theirs by themselves."""
+        """Writes a line now: for the end of an attempt. A save and a long phase write theirs by themselves."""
         self._charge()
         self._noted = self._until
         if self._write is not None:
-            facts = {"session": self._session, "resumed": self._resumed, "step": self._step, "useful": self._useful}
+            facts = {"attempt": self._attempt, "resumed": self._resumed, "step": self._step, "useful": self._useful}
             seconds = {kind: value for kind, value in self._own.items() if value}
             self._write("ledger", **facts, until=self._until, seconds=seconds)
 
     def totals(self) -> dict[str, float]:
-        """Seconds of each of KINDS, up to now; their sum is the wall clock since the first session's start."""
+        """Seconds of each of KINDS, up to now; their sum is the wall clock since the first attempt's start."""
         self._charge()
         return {kind: self._before[kind] + self._own[kind] for kind in KINDS}
 
@@ -119,7 +119,7 @@ class Ledger:
             "goodput": round(self.goodput(), 4),
             "wall_seconds": round(sum(totals.values()), 3),
             "seconds": {kind: round(seconds, 3) for kind, seconds in totals.items()},
-            "sessions": self.sessions,
+            "attempts": self.attempts,
             "lost_steps": self.lost_steps,
         }
 
@@ -129,29 +129,29 @@ class Ledger:
         wall = sum(totals.values())
         rows = [(kind.replace("_", " "), seconds) for kind, seconds in totals.items() if seconds]
         lines = [f"{name:<15}{s:>14,.1f} s {s / (wall or 1):>7.1%}" for name, s in [*rows, ("wall clock", wall)]]
-        counts = f"{_counted(self.sessions, 'session')}, {_counted(self.lost_steps, 'step')} lost"
+        counts = f"{_counted(self.attempts, 'attempt')}, {_counted(self.lost_steps, 'step')} lost"
         return "\n".join([*lines, f"{counts}, goodput {self.goodput():.1%}"])
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
     def _replay(self, line: dict[str, Any]) -> None:
-        """Takes over a line of an earlier session."""
-        if line["session"] != self._session:
-            self._begin(line["session"])
+        """Takes over a line of an earlier attempt."""
+        if line["attempt"] != self._attempt:
+            self._begin(line["attempt"])
             self._go_back(line["resumed"])
         self._own |= line["seconds"]
         self._until, self._step = line["until"], line["step"]
         self._marks.append(_Mark(self._step, self._before["steps"] + line["useful"]))
 
     def _begin(self, began: float) -> None:
-        """Ends the session before, if there is one, and starts another."""
+        """Ends the attempt before, if there is one, and starts another."""
         for kind, seconds in self._own.items():
             self._before[kind] += seconds
-        if self.sessions:
+        if self.attempts:
             self._before["restart"] += began - self._until
         self._own = dict.fromkeys(KINDS, 0.0)
-        self._session = self._until = self._noted = began
-        self.sessions += 1
+        self._attempt = self._until = self._noted = began
+        self.attempts += 1
 
     def _go_back(self, step: int) -> None:
         """Moves the time of the steps after `step` to the lost work."""

@@ -307,6 +307,7 @@ class _Run:
     def _close(self, ended: str, **fields: Any) -> None:
         """Writes the end of the run, and where its time went."""
         ledger = self.phases.ledger
+        self.saver.finish(ended == "stopped")
         ledger.note()
         self.log.finish(ended, **fields, time=ledger.summary())
         logger.info(ledger.table())

@@ -9,7 +9,7 @@ from moejax.checkpoint.commit import Saved, State, has_ended
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, RunConfig
 from moejax.data.batches import merge_states
-from moejax.train.copies import Copies
+from moejax.train.copies import LAST_SECONDS, STOPPED_SECONDS, Copies
 from moejax.train.phases import Phases
 from moejax.train.resume import Position, checkpoint_parts, volume
 from moejax.train.runlog import NoLog, RunLog
@@ -72,13 +72,17 @@ class Saver:
         self.save(state, position)
         with self._phases("save_stall"):
             saved = self._checkpoints.wait()
-            self._tell(saved)
-            self._copies.finish(self._log)
+        self._tell(saved)
         failure = saved.failure if saved else None
         if failure is not None and failure.wanted is not None:
             raise ConfigError("out", str(self._checkpoints.folder), failure.wanted)
         if failure is not None:
             raise RuntimeError(f"checkpoint {position.step} was not saved: {failure.words}")
+
+    def finish(self, stopped: bool) -> None:
+        """Waits for the last upload; `stopped`: the run was asked to end soon."""
+        with self._phases.ledger.spend("save_stall"), self._phases.watchdog.allow(None, "upload"):  # ends by itself
+            self._copies.finish(self._log, STOPPED_SECONDS if stopped else LAST_SECONDS)
 
     def _tell(self, saved: Saved | None) -> None:
         if saved is None:
