@@ -31,7 +31,7 @@ from moejax.pipeline import schedule
 if TYPE_CHECKING:
     from moejax.mesh import simulate
     from moejax.serve.load import load
-    from moejax.train.loop import RunResult
+    from moejax.train.run import RunResult
 
 __all__ = [
     "AttentionConfig",
@@ -59,7 +59,7 @@ __all__ = [
     "train",
 ]
 
-_LOADED_ON_USE = {"RunResult": "moejax.train.loop", "load": "moejax.serve.load", "simulate": "moejax.mesh"}
+_LOADED_ON_USE = {"RunResult": "moejax.train.run", "load": "moejax.serve.load", "simulate": "moejax.mesh"}
 
 # The package of the same name would take the place of the function `train` when it is first imported: import it before.
 importlib.import_module("moejax.train")

@@ -3,14 +3,14 @@
     moejax train CONFIG [--any.field value ...]      train; CONFIG is a Python file, a config.json or a run folder
     moejax show CONFIG [--any.field value ...]       the arrays of the training state and the stages of a pipeline
     moejax generate RUN --prompt TEXT [...]          text from a trained model
-    moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show or copy the checkpoints of a run
+    moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show, copy or export the checkpoints of a run
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax schedule NAME [--stages N ...]            a pipeline schedule as text and picture, and what it costs
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
 1 a bug; 2 the user's input; 3 hardware asked for is absent; 10 losses or gradients that are not finite; 11 a step that
-hung; 12 no checkpoint of the run is whole.
+hung; 12 no checkpoint of the run is whole; 13 steps that were finite only when repeated; 14 a spike of the loss.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from moejax.config_source import USAGE, load_config, override
 from moejax.launch.join import is_joined, join, leave
 from moejax.launch.local import is_launcher, run_processes
 
-DONE, BUG, USER, HARDWARE, NON_FINITE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 10, 12, 130  # 11: watchdog.py
+DONE, BUG, USER, HARDWARE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 12, 130  # 10, 13, 14: guard.py; 11: watchdog.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,15 +98,13 @@ def _train(words: list[str]) -> int:
     if is_launcher(config):
         return run_processes([sys.executable, "-m", "moejax", "train", *words], config)
     config = join(config)
-    from moejax.train.guard import DamagedError, NonFiniteError
+    from moejax.train.guard import EndError
     from moejax.train.loop import train
 
     try:
         train(config, began=psutil.Process().create_time())
-    except NonFiniteError as error:
-        return _fail(str(error), NON_FINITE)
-    except DamagedError as error:
-        return _fail(str(error), DAMAGED)
+    except EndError as error:
+        return _fail(str(error), error.exit_code)
     return DONE
 
 
@@ -151,19 +149,30 @@ def _generate(words: list[str]) -> int:
 
 
 def _checkpoints(words: list[str]) -> int:
-    parser = _Parser("checkpoints", "Lists, verifies, shows or copies the checkpoints of a run.")
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    actions = (
-        "list: all; verify: compare files with their checksums; show: the arrays of one; copy: one to the folder TO"
-    )
-    choices = ("list", "verify", "show", "copy")
-    parser.add_argument("action", metavar="ACTION", nargs="?", default="list", choices=choices, help=actions)
+    parser = _Parser("checkpoints", "Lists, verifies, shows, copies or exports the checkpoints of a run.")
+    parser.add_argument("run", metavar="RUN", help="run folder; for list and copy also an address with copies")
+    actions = {
+        "list": "all",
+        "verify": "compare files with their checksums",
+        "show": "the arrays of one",
+        "copy": "one to the folder TO, or to TO/STEP at an address, as checkpoint.remote has it",
+        "export": "the model of one to the folder TO in the layout of Hugging Face",
+    }
+    help_of_actions = "; ".join(f"{name}: {does}" for name, does in actions.items())
+    parser.add_argument("action", metavar="ACTION", nargs="?", default="list", choices=actions, help=help_of_actions)
     parser.add_argument("step", metavar="STEP", nargs="?", type=int, help="its step; None: the newest, and verify all")
-    parser.add_argument("to", metavar="TO", nargs="?", help="folder that copy makes")
+    parser.add_argument("to", metavar="TO", nargs="?", help="folder that is made; an address, as s3://bucket/run")
     parser.add_argument("--json", action="store_true", help="list and show as JSON")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights of an export")
+    parser.add_argument("--ema", action="store_true", help="export the averaged weights (optimizer.ema_decay)")
+    parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of an export's files at most")
     options = parser.parse_args(words)
     from moejax.checkpoint import listing
+    from moejax.checkpoint.copying import is_address
+    from moejax.checkpoint.stored import arrays
 
+    if is_address(options.run):
+        return _copies(options)
     if options.action == "list":
         found = listing.entries(options.run)
         _print_rows(listing.as_json(found) if options.json else listing.as_table(found))
@@ -174,12 +183,45 @@ def _checkpoints(words: list[str]) -> int:
         print("\n".join(line for lines, _ in reports for line in lines))
         return DONE if all(whole for _, whole in reports) else DAMAGED
     if options.action == "show":
-        arrays = listing.arrays(folders[-1])
-        _print_rows(listing.as_json(arrays) if options.json else listing.as_array_table(arrays))
+        rows = arrays(folders[-1])
+        _print_rows(listing.as_json(rows) if options.json else listing.as_array_table(rows))
     elif options.to is None:
-        raise ConfigError("TO", None, "a folder for the copy: moejax checkpoints RUN copy STEP TO")
+        raise ConfigError("TO", None, f"a place for it: moejax checkpoints RUN {options.action} STEP TO")
     else:
-        print(f"{options.to}: {listing.copy(folders[-1], Path(options.to))} files, equal to {folders[-1]}")
+        print(_copied(folders[-1], options) if options.action == "copy" else _exported(folders[-1], options))
+    return DONE
+
+
+def _copied(folder: Path, options: argparse.Namespace) -> str:
+    from moejax.checkpoint.copying import copy, is_address, send
+
+    if not is_address(options.to):
+        return f"{options.to}: {copy(folder, Path(options.to))} files, equal to {folder}"
+    return f"{options.to}/{folder.name}: {send(folder, options.to)} files sent, now equal to {folder}"
+
+
+def _exported(folder: Path, options: argparse.Namespace) -> str:
+    from moejax.serve.export import export
+
+    shard_bytes = options.shard_size * 1e9
+    done = export(folder, Path(options.to), dtype=options.dtype, ema=options.ema, shard_bytes=shard_bytes)
+    return f"{options.to}: {done.tensors} tensors of {folder} in {done.files} files, {done.bytes / 1e6:,.1f} MB"
+
+
+def _copies(options: argparse.Namespace) -> int:
+    """`moejax checkpoints ADDRESS ...`."""
+    from moejax.checkpoint import copying, listing
+
+    if options.action == "list":
+        found = copying.copies(options.run)
+        _print_rows(listing.as_json(found) if options.json else listing.as_copy_table(found))
+    elif options.action != "copy":
+        raise ConfigError("ACTION", options.action, "list or copy, as RUN is an address: copy it to a folder first")
+    elif options.to is None or copying.is_address(options.to):
+        raise ConfigError("TO", options.to, "a folder: moejax checkpoints ADDRESS copy STEP TO")
+    else:
+        step, files = copying.fetch(options.run, options.step, Path(options.to))
+        print(f"{options.to}: {files} files, equal to {options.run}/{step}")
     return DONE
 
 

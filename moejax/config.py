@@ -399,12 +399,38 @@ class CheckpointConfig:
     keep_every: int | None = None  # those of steps that are multiples of it are kept for ever
     keep_best: bool = True  # the one with the lowest validation loss is kept
     verify: float = 1.0  # part of the bytes that is read before a run goes on; names and sizes are always checked
+    # folder on a faster disk that all processes share, such as one machine's own: the newest state is saved there too
+    local: str | None = None
+    local_minutes: float = 5.0  # between two saves there
     remote: str | None = None  # address to which checkpoints are copied, e.g. s3://bucket/run; None: none
     remote_keep: int | None = 3  # newest copies that are kept there; None: all
 
     def __post_init__(self) -> None:
         _require_positive(self, "checkpoint", "every_steps", "every_minutes", "keep", "keep_every", "remote_keep")
+        _require_positive(self, "checkpoint", "local_minutes")
         _require(0 <= self.verify <= 1, "checkpoint.verify", self.verify, "0 or more, at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What a run does about numbers that are not finite, and about spikes of the loss.
+
+    A step whose loss or gradient is not finite is not applied, and is repeated once from the same data. If it is
+    finite then, the machine was at fault.
+    """
+
+    max_bad_steps: int = 3  # in a row, not finite when repeated either; then the run rolls back, or ends: exit code 10
+    max_machine_faults: int = 3  # steps that were finite when repeated; then the run ends: exit code 13
+    on_spike: Literal["warn", "roll_back"] = "warn"  # where that is not possible, the run ends: exit code 14
+    spike_z: float | None = 6.0  # a loss so many standard deviations above the mean is a spike; None: none is
+    spike_window: int = 100  # steps of which that mean is
+    roll_backs: int = 2  # times that a run, until it is started again, goes back to its newest whole checkpoint
+    skip_batches: bool = True  # after going back it leaves the batches out that came since that checkpoint
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "faults", "max_bad_steps", "max_machine_faults", "spike_z")
+        _require_at_least_0(self, "faults", "roll_backs")
+        _require(self.spike_window > 1, "faults.spike_window", self.spike_window, "2 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,10 +464,10 @@ class RunConfig:
     resume_from: str | None = None
     resume_optimizer: bool = False  # with the optimizer's moments of that run, too
     precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; master weights are FP32
-    max_bad_steps: int = 3  # steps in a row with a loss or gradient that is not finite, after which the run stops
     # a step that takes longer ends the run with exit code 11; compiling, restoring, validating, saving and drawing may
     # take 4 times as long. None: no limit
     hang_seconds: float | None = 1800.0
+    compiled: str | None = None  # folder of compiled programs; None: `compiled` beside the run folder
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -451,10 +477,11 @@ class RunConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "", "steps", "max_bad_steps", "hang_seconds", "simulate")
+        _require_positive(self, "", "steps", "hang_seconds", "simulate")
         if self.simulate is not None:
             wanted = f"a multiple of launch.processes={self.launch.processes}"
             _require(self.simulate % self.launch.processes == 0, "simulate", self.simulate, wanted)

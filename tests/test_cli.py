@@ -11,7 +11,7 @@ import pytest
 from moejax import cli
 from moejax.config import ConfigError, DataConfig, Phase, RunConfig, YarnConfig
 from moejax.config_source import load_config, override
-from moejax.train.guard import DamagedError, NonFiniteError
+from moejax.train.guard import DamagedError, MachineFaultError, NonFiniteError, SpikeError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASE = RunConfig(steps=3, data=DataConfig(train=("a.txt",)))
@@ -185,9 +185,11 @@ def test_train_hands_the_overridden_config_to_the_loop(trained):
         (OSError(errno.ENOSPC, "No space left on device"), 2),
         (NonFiniteError("loss at step 3"), 10),
         (DamagedError("no checkpoint is whole"), 12),
+        (MachineFaultError("finite when repeated"), 13),
+        (SpikeError("loss 100"), 14),
         (KeyboardInterrupt(), 130),
     ],
-    ids=["user", "hardware", "full disk", "non-finite", "damaged", "interrupt"],
+    ids=["user", "hardware", "full disk", "non-finite", "damaged", "machine fault", "spike", "interrupt"],
 )
 def test_exit_code(error, code, capsys, trained):
     trained.error = error

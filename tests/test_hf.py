@@ -14,10 +14,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from moejax.config import ConfigError, ModelConfig, YarnConfig
+from moejax.config import ConfigError, ModelConfig, MoEConfig, MTPConfig, RunConfig, YarnConfig
 from moejax.model.count import abstract_model
 from moejax.model.hf import load_hf, to_hf_tensors
-from moejax.model.hf_config import config_from_hf, config_to_hf
+from moejax.model.hf_config import config_from_hf, config_to_hf, strange_to_transformers
 from moejax.model.moe import RouterBias
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
@@ -246,6 +246,51 @@ def test_published_models_keep_their_sizes(name):
     same = config_from_hf(config_to_hf(cfg))
     balance = dataclasses.replace(cfg.moe.balance, device=0.0, communication=0.0)
     assert same == dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, balance=balance))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("model.mtp.after_final_norm", False),
+        ("model.attention.yarn.mscale", 0.0),
+        ("model.moe.top_groups", 2),
+    ],
+    ids=["MTP before the norm", "no mscale", "V2-Lite's gate with groups"],
+)
+def test_a_setting_that_the_layout_lacks_is_named(place, value, model_config, change):
+    attention = dataclasses.replace(model_config.attention, yarn=YarnConfig())
+    run = RunConfig(steps=1, model=dataclasses.replace(model_config, attention=attention))
+    if place == "model.moe.top_groups":
+        moe = dataclasses.replace(run.model.moe, gate="greedy", num_groups=1, top_groups=1)
+        run = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe))
+    config_to_hf(run.model)
+    with pytest.raises(ConfigError, match=rf"\b{place.split('.')[-1]}="):
+        config_to_hf(change(run, place, value).model)
+
+
+def test_a_setting_without_a_part_that_reads_it_is_not_refused(model_config):
+    config_to_hf(dataclasses.replace(model_config, mtp=MTPConfig(depth=0, after_final_norm=False)))
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({}, 0),
+        ({"top_k": 2}, 1),
+        ({"num_groups": 1, "top_groups": 1, "top_k": 3}, 0),
+        ({"top_k": 2, "top_groups": 4}, 0),
+    ],
+    ids=["as V3", "groups by their best", "no groups", "all groups"],
+)
+def test_what_transformers_does_otherwise_is_known(config, count):
+    moe = MoEConfig(**{"num_experts": 8, "num_groups": 4, "top_groups": 2, "top_k": 4, **config})
+    assert len(strange_to_transformers(ModelConfig(moe=moe))) == count
+
+
+def test_transformers_has_no_normalized_weights_of_v2():
+    moe = MoEConfig(gate="greedy", num_groups=1, top_groups=1)
+    assert "greedy" in strange_to_transformers(ModelConfig(moe=moe))[0]
+    assert not strange_to_transformers(ModelConfig(moe=dataclasses.replace(moe, normalize_weights=False)))
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_inner_time_is_not_counted_for_the_outer(attempt, clock):
     assert seconds_of(ledger) == {"steps": 3, "compilation": 10, "data_wait": 100}
 
 
-@pytest.mark.parametrize("kind", ["steps", "restart", "lost_work", "lunch"])
+@pytest.mark.parametrize("kind", ["steps", "restart", "lunch"])
 def test_kind_that_is_not_spent_is_refused(attempt, kind):
     ledger, _ = attempt(0)
     with pytest.raises(ValueError, match=f"{kind}.*validation"), ledger.spend(kind):
@@ -146,6 +146,25 @@ def test_steps_that_are_done_again_are_lost_work(attempt, clock):
     assert seconds_of(second) == {"steps": 8, "save_stall": 2, "restart": 60, "lost_work": 6}
     assert (second.attempts, second.lost_steps) == (2, 3)
     assert second.goodput() == 8 / 76
+
+
+def test_roll_back_loses_the_steps_since_its_checkpoint(attempt, clock):
+    ledger, _ = attempt(0)
+    do_steps(ledger, clock, range(1, 5))
+    spend(ledger, clock, "save_stall", 2)
+    do_steps(ledger, clock, range(5, 8), 2.0)
+    spend(ledger, clock, "lost_work", 2.0)  # the last one, again
+    with ledger.spend("restore"):
+        clock.pass_by(3)
+        ledger.roll_back(4)
+        clock.pass_by(1)
+    do_steps(ledger, clock, range(5, 9), 1.0)
+    want = {"steps": 8, "save_stall": 2, "restore": 4, "lost_work": 8}
+    assert seconds_of(ledger) == want
+    assert (ledger.attempts, ledger.lost_steps) == (2, 3)
+    ledger.note()
+    later, _ = attempt(8)
+    assert seconds_of(later) == want
 
 
 def test_step_that_did_not_end_is_lost_work(attempt, clock):

@@ -138,8 +138,8 @@ def test_newest_step_is_read_from_the_metrics(step, run_config):
 @pytest.mark.parametrize(
     ("codes", "goes_on"),
     [
-        *(([code], True) for code in (-9, -11, -6, 1, 11, 137)),
-        *(([code], False) for code in (2, 3, 10, 12, 130)),
+        *(([code], True) for code in (-9, -11, -6, 1, 11, 13, 137)),
+        *(([code], False) for code in (2, 3, 10, 12, 14, 130)),
         ([-9, 3], True),
         ([-9, 2], False),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import moejax
-from moejax.config import ConfigError, MeshConfig, OptimizerConfig, YarnConfig
+from moejax.config import ConfigError, MeshConfig, OptimizerConfig, RunConfig, YarnConfig
 from moejax.train.loop import train
 
 TOKENS = np.arange(20, dtype=np.int32)[None]
@@ -116,3 +117,17 @@ def test_what_cannot_be_started_from_is_one_line(first, tmp_path, change, folder
         config = change(config, "model.hidden_size", 64)
     with pytest.raises(ConfigError, match=line):
         trained(config)
+
+
+def test_a_copy_of_a_checkpoint_says_itself_what_it_is(first, tmp_path):
+    copy = tmp_path / "elsewhere" / "3"
+    shutil.copytree(Path(first.out) / "checkpoints" / "3", copy)
+    want = moejax.load(first.out).logits(TOKENS)
+    shutil.rmtree(first.out)
+    np.testing.assert_array_equal(moejax.load(copy).logits(TOKENS), want)
+    second = dataclasses.replace(first, out=str(tmp_path / "second"), resume_from=str(copy), steps=1)
+    trained(second)
+    assert f"started with the weights of step 3 of {copy.parent}" in (Path(second.out) / "log.txt").read_text()
+    meta = json.loads((copy / "meta" / "data.json").read_text())
+    assert RunConfig.from_json(json.dumps(meta["config"])).model == first.model
+    assert meta["versions"]["jax"] == jax.__version__

@@ -84,6 +84,25 @@ def test_resumed_run_has_each_step_once(config):
     assert [line["step"] for line in lines(config, "expert_load")] == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_lines_after_a_roll_back_are_those_of_the_steps_done_again(config):
+    log, _ = open_log(config)
+    with log:
+        for loss in (1.0, 2.0):
+            for step in range(3 if loss == 2 else 1, 6):
+                log.step(metrics(step, loss=loss))
+                log.expert_load(step, [[loss]])
+            if loss == 1:
+                log.roll_back(2)
+    assert [(line["step"], line["loss"]) for line in lines(config, "metrics")] == [
+        (1, 1),
+        (2, 1),
+        (3, 2),
+        (4, 2),
+        (5, 2),
+    ]
+    assert [line["load"] for line in lines(config, "expert_load")] == [[[1]], [[1]], [[2]], [[2]], [[2]]]
+
+
 def test_numbers_that_are_not_finite_are_valid_json_and_named(config):
     log, _ = open_log(config)
     with log:

@@ -189,14 +189,15 @@ def failure_of(error: BaseException) -> Failure:
 
 
 @contextlib.contextmanager
-def orbax_settings(partial: bool = False) -> Iterator[None]:
-    """How checkpoints are written and read; `partial`: a tree may be asked for without some of its arrays."""
+def orbax_settings() -> Iterator[None]:
+    """How checkpoints are written and read."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="meta")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    context.pytree.loading.partial_load = partial
     context.array.saving.use_compression = False  # training state does not compress; it only costs time
+    # replicas share the writing of large arrays; each shape takes a program, for which small ones are not worth waiting
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     with context:
         yield
 

@@ -1,22 +1,20 @@
-"""What checkpoints a run has, and what is in them: for `moejax checkpoints`."""
+"""What checkpoints a run has, here or at an address, and what is in them: the tables of `moejax checkpoints`."""
 
 import contextlib
-import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 from rich.table import Table
 
-from moejax.checkpoint.commit import SAVING, failure_of, orbax_settings, read_meta
+from moejax.checkpoint.commit import SAVING, read_meta
 from moejax.checkpoint.integrity import verify
 from moejax.checkpoint.manager import DAMAGED
+from moejax.checkpoint.remote import Copy
+from moejax.checkpoint.stored import StoredArray, leaves
 from moejax.config import ConfigError
 
 
@@ -34,18 +32,6 @@ class Entry:
     valid_loss: float | None
 
 
-@dataclass(frozen=True)
-class StoredArray:
-    """One array of a checkpoint."""
-
-    part: str
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    spec: str  # mesh axes over which each dim was cut
-    bytes: int
-
-
 def entries(run: str | Path) -> list[Entry]:
     """The checkpoints of a run folder, oldest step first.
 
@@ -59,15 +45,6 @@ def entries(run: str | Path) -> list[Entry]:
             with contextlib.suppress(FileNotFoundError):  # the run has just renamed or deleted it
                 found.append(_entry(path))
     return sorted(found, key=lambda entry: (entry.step, entry.name))
-
-
-def arrays(folder: Path) -> list[StoredArray]:
-    """The arrays of one checkpoint, from what is written beside them.
-
-    Raises:
-        ConfigError: that cannot be read.
-    """
-    return [_array(part, path, leaf) for part, path, leaf in _leaves(folder)]
 
 
 def folders(run: str | Path, step: int | None) -> list[Path]:
@@ -90,30 +67,6 @@ def report(folder: Path) -> tuple[list[str], bool]:
     if not found.damages:
         return [f"{facts}, whole"], True
     return [f"{facts}, damaged", *(f"  {damage}" for damage in found.damages)], False
-
-
-def copy(folder: Path, to: Path) -> int:
-    """Copies a checkpoint, checks the copy, and returns the number of its files.
-
-    Raises:
-        ConfigError: there is something at `to` already, it cannot be written, or the copy is damaged, as the checkpoint
-            may have been.
-    """
-    if to.exists():
-        raise ConfigError("TO", str(to), "a place where nothing is yet")
-    part = to.with_name(f"{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(folder, part)
-    except (OSError, shutil.Error) as error:
-        raise ConfigError("TO", str(to), f"a folder that can be written ({failure_of(error).words})") from None
-    found = verify(part)
-    if found.damages:
-        shutil.rmtree(part)
-        raise ConfigError(f"checkpoint {folder}", str(found.damages[0]), "files as they were written")
-    part.rename(to)
-    return found.files
 
 
 def checkpoints_of(run: str | Path) -> Path:
@@ -139,6 +92,14 @@ def as_table(found: Sequence[Entry]) -> Table:
     return table
 
 
+def as_copy_table(found: Sequence[Copy]) -> Table:
+    """A row for each copy at an address."""
+    table = Table("step", "state", "files", "MB")
+    for copy in found:
+        table.add_row(str(copy.step), copy.state, f"{copy.files:,}", f"{copy.bytes / 1e6:,.1f}")
+    return table
+
+
 def as_array_table(found: Sequence[StoredArray]) -> Table:
     """A row for each array, and their sum."""
     table = Table("part", "array", "shape", "dtype", "cut over", "MB")
@@ -149,41 +110,15 @@ def as_array_table(found: Sequence[StoredArray]) -> Table:
     return table
 
 
-def as_json(found: Sequence[Entry] | Sequence[StoredArray]) -> list[dict[str, Any]]:
+def as_json(found: Sequence[Entry] | Sequence[Copy] | Sequence[StoredArray]) -> list[dict[str, Any]]:
     """The same as objects."""
     return [asdict(row) for row in found]
-
-
-def _leaves(folder: Path) -> list[tuple[str, tuple, Any]]:
-    """Part, path and Orbax's description of every array."""
-    try:
-        with orbax_settings():
-            parts = ocp.checkpointables_metadata(folder).metadata
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError("checkpoint", str(folder), f"one that Orbax can read ({type(error).__name__})") from None
-    leaves = ((part, jax.tree_util.tree_leaves_with_path(tree)) for part, tree in parts.items())
-    return [(part, path, leaf) for part, found in leaves for path, leaf in found]
-
-
-def _array(part: str, path: tuple, leaf: Any) -> StoredArray:
-    names = (str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
-    spec = getattr(leaf.sharding_metadata, "partition_spec", None) or ()
-    axes = (entry if isinstance(entry, str) else ", ".join(entry or ()) for entry in spec)
-    dtype = np.dtype(leaf.dtype)
-    return StoredArray(
-        part=part,
-        name=".".join(name for name in names if name != "value"),
-        shape=tuple(leaf.shape),
-        dtype=dtype.name,
-        spec=" | ".join(axis or "-" for axis in axes),
-        bytes=math.prod(leaf.shape) * dtype.itemsize,
-    )
 
 
 def _mesh(path: Path) -> dict[str, int]:
     """Lengths of the axes on which a checkpoint was saved; none where it cannot be read."""
     with contextlib.suppress(ConfigError):
-        for _, _, leaf in _leaves(path):
+        for _, _, leaf in leaves(path):
             if hasattr(leaf.sharding_metadata, "axis_names"):
                 lengths = np.asarray(leaf.sharding_metadata.shape).tolist()
                 return dict(zip(leaf.sharding_metadata.axis_names, lengths, strict=True))

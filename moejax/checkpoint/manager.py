@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from moejax.checkpoint import reading
 from moejax.checkpoint.commit import (
     SAVING,
     Failure,
@@ -169,25 +170,98 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint has none.
         """
-        return self.load(step, {"meta": None})["meta"]
+        return self._read(step, {"meta": None})["meta"]
 
-    def load(self, step: int, parts: dict[str, Any], partial: bool = False) -> dict[str, Any]:
-        """The named parts of a checkpoint; with `partial` what else they have there is left out.
+    def load(
+        self,
+        step: int,
+        parts: dict[str, Any],
+        partial: bool = False,
+        finish: Callable[[tuple, Any], Any] | None = None,
+    ) -> dict[str, Any]:
+        """The named parts of a checkpoint.
+
+        Arrays that stay as they are read are read at once, and a device holds nothing else. With `finish`, or where one
+        replica reads for the others, they are read in groups of `reading.STAGED_BYTES` of a device, or alone where one
+        is larger: so much a device holds beyond the result, and what `finish` takes for one array.
 
         Args:
             step: one that was saved.
             parts: pytrees of `jax.ShapeDtypeStruct` with a sharding; where and as what each array is wanted.
+            partial: whether a part may lack some of the keys that it has in the checkpoint.
+            finish: given an array and its path in `parts`, what is returned in its place.
 
         Raises:
-            ConfigError: the checkpoint does not have those arrays.
+            ConfigError: the checkpoint does not have those arrays; all processes raise it.
         """
+        named, tree = jax.tree_util.tree_flatten_with_path(parts)
+        reads = [reading.as_read(like) for _, like in named]
+        sizes = [reading.device_bytes(read) for read in reads]
+        shared = any(read is not like for read, (_, like) in zip(reads, named, strict=True))
+        if shared:  # Orbax would let those wait that read nothing
+            here = [(path, read) for (path, _), read in zip(named, reads, strict=True) if reading.is_here(read)]
+            self._raise_first(step, self._mismatch(step, here) if here else None)
+        others = self._others(step, parts) if partial else {}
+        arrays: list[Any] = [None] * len(named)
+        for group in reading.groups(sizes, reading.STAGED_BYTES if shared or finish is not None else sum(sizes)):
+            own = {index for index in group if reading.is_here(reads[index])}
+            asked = jax.tree.unflatten(tree, [read if n in own else ocp.PLACEHOLDER for n, read in enumerate(reads)])
+            found = self._read(step, asked, others)
+            leaves = jax.tree.leaves(found)
+            del found
+            for index in group:
+                (path, like), array = named[index], leaves[index]
+                leaves[index] = None
+                if reads[index] is not like:
+                    array = reading.spread(array if index in own else None, like)
+                arrays[index] = array if finish is None else finish(path, array)
+                del array
+        return jax.tree.unflatten(tree, arrays)
+
+    def _read(self, step: int, parts: dict[str, Any], others: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Parts as Orbax takes them; `others` in them are asked for too, and dropped."""
+        error, found, others = None, {}, others or {}
         try:
-            with orbax_settings(partial):
-                loaded = ocp.load_checkpointables(self.folder / str(step), parts)
-        except (ValueError, KeyError, OSError) as error:
-            place, why = f"checkpoint {self.folder / str(step)}", str(first_cause(error)).splitlines()[0]
-            raise ConfigError(place, why, "a whole checkpoint of the model that the config describes") from None
-        return {name: loaded[name] for name in parts}
+            with orbax_settings():
+                asked = {name: {**part, **others[name]} if name in others else part for name, part in parts.items()}
+                found = ocp.load_checkpointables(self.folder / str(step), asked)
+        except (ValueError, KeyError, OSError) as raised:
+            error = str(first_cause(raised)).splitlines()[0]
+        self._raise_first(step, error)
+        return {
+            name: {key: found[name][key] for key in parts[name]} if name in others else found[name] for name in parts
+        }
+
+    def _others(self, step: int, parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """What the parts have in the checkpoint besides what is asked for, each array as one that is not to be read."""
+        there = self._stored(step)
+        others = {name: there[name].keys() - part.keys() for name, part in parts.items()}
+        return {
+            name: {key: jax.tree.map(lambda _: ocp.PLACEHOLDER, there[name][key]) for key in keys}
+            for name, keys in others.items()
+        }
+
+    def _mismatch(self, step: int, named: list[tuple[tuple, jax.ShapeDtypeStruct]]) -> str | None:
+        """Which of these arrays the checkpoint lacks, or has with another shape."""
+        there = {_names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(self._stored(step))}
+        asked = [(_names(path), like.shape) for path, like in named]
+        wrong = [(name, shape) for name, shape in asked if there.get(name) != shape]
+        if not wrong:
+            return None
+        name, shape = wrong[0]
+        return f"{'.'.join(name)} is {there.get(name)} there and {shape} here; {len(wrong)} arrays differ"
+
+    def _stored(self, step: int) -> dict[str, Any]:
+        """Orbax's descriptions of the arrays of a checkpoint."""
+        with orbax_settings():
+            return ocp.checkpointables_metadata(self.folder / str(step)).metadata
+
+    def _raise_first(self, step: int, error: str | None) -> None:
+        """Raises on all processes the first one's error, before they wait for each other in vain."""
+        why = next((why for why in self._agree(error) if why is not None), None)
+        if why is not None:
+            wanted = "a whole checkpoint of the model that the config describes"
+            raise ConfigError(f"checkpoint {self.folder / str(step)}", why, wanted)
 
     def set_aside(self, step: int) -> str:
         """Renames a checkpoint that is damaged, and returns the folder's new name.
@@ -203,3 +277,8 @@ class Checkpoints:
             wanted = f"a folder in which {step} can be renamed to {name} ({error.strerror})"
             raise ConfigError("out", str(self.folder), wanted) from None
         return name
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    """A path in a tree as Orbax has it, which writes dicts and lists."""
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))) for key in path)

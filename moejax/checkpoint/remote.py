@@ -142,29 +142,10 @@ class Uploader:
                 self._tell("remote_remove_failed", step=checkpoint.step, error=one_line(error))
 
     def _upload(self, checkpoint: _Checkpoint) -> None:
-        began, step, files, remote = time.monotonic(), checkpoint.step, checkpoint.files, self._remote
-        identity = {"identity": checkpoint.identity}
-        complete = {**identity, "files": files}
-        missing: list[str] = []
-        there = remote.read(step, COMPLETE)
-        if there != complete:
-            if there is not None or remote.read(step, _IDENTITY) != identity:
-                remote.remove(step)
-                remote.write(step, _IDENTITY, identity)
-            sizes = remote.sizes(step)
-            missing = [path for path in files if sizes.get(path) != files[path]]
-
-            def send(path: str) -> None:
-                remote.send(step, path, checkpoint.folder / path, files[path])
-
-            _in_parallel(send, missing, self._patience.threads, self._stop)
-            sizes = remote.sizes(step)
-            for path in files:
-                if sizes.get(path) != files[path]:
-                    raise OSError(f"{path} has {sizes.get(path)} bytes there and {files[path]} here")
-            remote.write(step, COMPLETE, complete)
-        counts = {"files": len(files), "bytes": sum(files.values()), "sent": len(missing)}
-        self._tell("uploaded", step=step, **counts, seconds=round(time.monotonic() - began, 3))
+        began, files = time.monotonic(), checkpoint.files
+        sent = _send(self._remote, checkpoint, self._patience.threads, self._stop)
+        counts = {"files": len(files), "bytes": sum(files.values()), "sent": sent}
+        self._tell("uploaded", step=checkpoint.step, **counts, seconds=round(time.monotonic() - began, 3))
 
     def _retain(self, step: int) -> None:
         if self._keep is None:
@@ -187,6 +168,33 @@ class Uploader:
                 _logger.warning("%s %s could not be reported: %s", kind, fields, one_line(error))
 
 
+@dataclass(frozen=True)
+class Copy:
+    """What there is of a step at an address."""
+
+    step: int
+    state: str  # complete; uploading, or left by an upload that ended in the middle
+    files: int
+    bytes: int
+
+
+def remote_copies(remote: str, patience: Patience = _PATIENCE) -> list[Copy]:
+    """The steps of which there is anything at an address, ascending.
+
+    Raises:
+        ConfigError: the address cannot be read.
+    """
+    source = Store(remote, patience, _log, threading.Event())
+    found = []
+    with source.usable("read"):
+        for step in source.steps():
+            complete = source.read(step, COMPLETE)
+            files = source.sizes(step) if complete is None else complete["files"]
+            state = "uploading" if complete is None else "complete"
+            found.append(Copy(step, state, len(files), sum(files.values())))
+    return found
+
+
 def remote_steps(remote: str, patience: Patience = _PATIENCE) -> list[int]:
     """The complete steps at an address, ascending; none where there is nothing.
 
@@ -196,6 +204,22 @@ def remote_steps(remote: str, patience: Patience = _PATIENCE) -> list[int]:
     source = Store(remote, patience, _log, threading.Event())
     with source.usable("read"):
         return source.complete_steps()
+
+
+def upload(remote: str, step: int, folder: Path, identity: str, patience: Patience = _PATIENCE) -> int:
+    """Sends a finished checkpoint to an address, as the `Uploader` does; the number of files that were not there yet.
+
+    Raises:
+        ConfigError: the address cannot be written, or has a complete step with other content.
+    """
+    target = Store(remote, patience, _log, threading.Event())
+    with target.usable("written"):
+        target.probe()
+        there = target.read(step, COMPLETE)
+        if there is None or there.get("identity") == identity:
+            checkpoint = _Checkpoint(step, folder, identity, _list_files(folder))
+            return _send(target, checkpoint, patience.threads, threading.Event())
+    raise ConfigError("checkpoint.remote", f"{remote}/{step}", "a place where no other checkpoint is yet")
 
 
 def download(remote: str, step: int, folder: Path, patience: Patience = _PATIENCE) -> None:
@@ -218,6 +242,28 @@ def download(remote: str, step: int, folder: Path, patience: Patience = _PATIENC
             part.rename(folder)
     if complete is None:
         raise ConfigError("checkpoint.remote", f"{remote}/{step}", "a step that was uploaded whole")
+
+
+def _send(remote: Store, checkpoint: _Checkpoint, threads: int, stop: threading.Event) -> int:
+    """Sends what is not there yet of a checkpoint, complete.json last; the number of files that were sent."""
+    step, files, folder = checkpoint.step, checkpoint.files, checkpoint.folder
+    identity = {"identity": checkpoint.identity}
+    complete = {**identity, "files": files}
+    there = remote.read(step, COMPLETE)
+    if there == complete:
+        return 0
+    if there is not None or remote.read(step, _IDENTITY) != identity:
+        remote.remove(step)
+        remote.write(step, _IDENTITY, identity)
+    sizes = remote.sizes(step)
+    missing = [path for path in files if sizes.get(path) != files[path]]
+    _in_parallel(lambda path: remote.send(step, path, folder / path, files[path]), missing, threads, stop)
+    sizes = remote.sizes(step)
+    for path in files:
+        if sizes.get(path) != files[path]:
+            raise OSError(f"{path} has {sizes.get(path)} bytes there and {files[path]} here")
+    remote.write(step, COMPLETE, complete)
+    return len(missing)
 
 
 def _fetch(source: Store, step: int, complete: dict[str, Any], part: Path, threads: int) -> None:

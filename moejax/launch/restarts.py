@@ -21,7 +21,7 @@ from pathlib import Path
 from moejax.config import ConfigError, MeshConfig, RunConfig
 
 HARDWARE = 3
-FINAL = (2, 10, 12, 130)  # exit codes of cli.py that another start would not change; 3 is one before the first failure
+FINAL = (2, 10, 12, 14, 130)  # exit codes of cli.py that another start would not change; 3 is one at first
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds
 TAIL = 1 << 16  # bytes of metrics.jsonl that are searched for its last line
 

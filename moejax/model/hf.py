@@ -84,7 +84,7 @@ _TOP = (
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor of a checkpoint lies in our model."""
 
     parameter: str
@@ -92,20 +92,25 @@ class _Place:
     view: Callable[[np.ndarray], np.ndarray]
     copy: bool = False  # another tensor is the same place; this one may be missing
 
+    @property
+    def is_router_bias(self) -> bool:
+        """Whether it is one of the biases that balance the experts' loads, which are FP32 in every checkpoint."""
+        return self.parameter.endswith(".router_bias")
+
     def of(self, parameters: dict[str, Any]) -> np.ndarray:
         """The tensor as a view, if the parameter is a NumPy array, else as a copy."""
         return self.view(np.asarray(parameters[self.parameter][self.index]))
 
 
-def _named_leaves(model: Transformer) -> dict[str, Any]:
+def named_leaves(model: Transformer) -> dict[str, Any]:
     """The model's arrays by path: `moe_blocks.ffn.router_DE`."""
     leaves = jax.tree_util.tree_leaves_with_path(model)
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}
 
 
-def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
-    """The whole table: the name of every tensor of a checkpoint, and its place among `parameters`."""
-    places = {name: _Place(parameter, (), view) for name, parameter, view in _TOP}
+def tensor_places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, Place]:
+    """The whole table: the name of every tensor of a checkpoint, and its place among `parameters` by `named_leaves`."""
+    places = {name: Place(parameter, (), view) for name, parameter, view in _TOP}
 
     def add(layer: int, stack: str, index: int, rows: tuple) -> None:
         for name, parameter, view in rows:
@@ -114,7 +119,7 @@ def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
                 continue
             for expert in range(cfg.moe.num_experts) if "{expert}" in name else (None,):
                 where = (index,) if expert is None else (index, expert)
-                places[f"model.layers.{layer}.{name.format(expert=expert)}"] = _Place(parameter, where, view)
+                places[f"model.layers.{layer}.{name.format(expert=expert)}"] = Place(parameter, where, view)
 
     for layer in range(cfg.num_layers):
         dense = layer < cfg.num_dense_layers
@@ -125,7 +130,7 @@ def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
         add(layer, "mtp", depth, _MTP)
         add(layer, "mtp.block", depth, _BLOCK)
         for name, parameter, view in _MTP_COPIES:
-            places[f"model.layers.{layer}.{name}"] = _Place(parameter, (), view, copy=True)
+            places[f"model.layers.{layer}.{name}"] = Place(parameter, (), view, copy=True)
     return places
 
 
@@ -134,8 +139,8 @@ def _places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, _Place]:
 
 def to_hf_tensors(model: Transformer, cfg: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Every tensor of the checkpoint, one after the other: its name and its values, float32, [out, in], on the host."""
-    parameters = _named_leaves(model)
-    for name, place in _places(parameters, cfg).items():
+    parameters = named_leaves(model)
+    for name, place in tensor_places(parameters, cfg).items():
         yield name, np.ascontiguousarray(place.of(parameters))
 
 
@@ -155,8 +160,8 @@ def load_hf(folder: str | Path) -> tuple[ModelConfig, Transformer]:
         if not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in tensors):
             cfg = _without_mtp(cfg)
         abstract = abstract_model(cfg)
-        shapes = _named_leaves(abstract)
-        places = _places(shapes, cfg)
+        shapes = named_leaves(abstract)
+        places = tensor_places(shapes, cfg)
         _check(folder, tensors, places, {name: np.broadcast_to(np.float32(0), x.shape) for name, x in shapes.items()})
         values = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
         for name, place in places.items():
@@ -191,7 +196,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
     return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def _check(folder: Path, tensors: dict[str, Any], places: dict[str, _Place], shapes: dict[str, np.ndarray]) -> None:
+def _check(folder: Path, tensors: dict[str, Any], places: dict[str, Place], shapes: dict[str, np.ndarray]) -> None:
     """Raises one error with every tensor that is missing, unexpected or of another shape or type than it should be."""
     slices = {name: file.get_slice(name) for name, file in tensors.items()}
     for name, part in slices.items():

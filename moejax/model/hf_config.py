@@ -1,8 +1,13 @@
 """The `config.json` of DeepSeek-V3, V2 and V2-Lite in the layout of Hugging Face, read and written."""
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from moejax.config import AttentionConfig, BalanceConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+
+# settings of the training alone, which the layout does not have
+_TRAINING = ("model.attention.block", "model.moe.balance", "model.remat", "model.loss_chunk")
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
@@ -102,8 +107,43 @@ def _rotary(hf: dict[str, Any]) -> tuple[float, YarnConfig | None]:
 def config_to_hf(cfg: ModelConfig, length: int = 4096) -> dict[str, Any]:
     """The `config.json` of a model that has seen sequences of `length` tokens, in the fields of the published ones.
 
-    `config_from_hf` of it gives the sizes back, and of the balance losses the first.
+    `config_from_hf` of it gives the same model; of the balance losses it has the first.
+
+    Raises:
+        ConfigError: the model has a setting that the layout does not have.
     """
+    hf = _fields(cfg, length)
+    for place, value, read in _differences(cfg, config_from_hf(hf), "model"):
+        without_mtp = place.startswith("model.mtp.") and cfg.mtp.depth == 0
+        if not place.startswith(_TRAINING) and not without_mtp:
+            raise ConfigError(place, value, f"{read!r}, which is all that the layout of Hugging Face can say")
+    return hf
+
+
+def _differences(here: Any, there: Any, place: str) -> Iterator[tuple[str, Any, Any]]:
+    """Place and both values of the settings that are not equal."""
+    for name in (field.name for field in dataclasses.fields(here)):
+        value, other = getattr(here, name), getattr(there, name)
+        if dataclasses.is_dataclass(value) and dataclasses.is_dataclass(other):
+            yield from _differences(value, other, f"{place}.{name}")
+        elif value != other:
+            yield f"{place}.{name}", value, other
+
+
+def strange_to_transformers(cfg: ModelConfig) -> list[str]:
+    """What `transformers` computes otherwise than this model, of all that the layout can say; a line each."""
+    m = cfg.moe
+    limited = m.gate == "noaux_tc" and m.top_groups < m.num_groups
+    found = []
+    if limited and m.group_score_size != 2:
+        size = f"{m.group_score_size} (model.moe.top_k={m.top_k}, top_groups={m.top_groups})"
+        found.append(f"transformers scores a group by its best 2 experts, this model by {size}")
+    if m.gate != "noaux_tc" and m.normalize_weights:
+        found.append(f"transformers does not normalize the weights of experts with model.moe.gate={m.gate!r}")
+    return found
+
+
+def _fields(cfg: ModelConfig, length: int) -> dict[str, Any]:
     a, m = cfg.attention, cfg.moe
     v3 = m.gate == "noaux_tc"
     scaling = None

@@ -24,7 +24,7 @@ from moejax.ops.linear import FLOATS
 from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
 from moejax.train.source import open_source
-from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as
+from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as, to_slots
 from moejax.train.together import CompiledTogether
 
 
@@ -106,8 +106,8 @@ def load(folder: str | Path) -> Model:
         state = abstract_state(config, mesh)
         shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
         before = tuple(checkpoints.load_meta(step)["layer_of_slot"])
-        parts = checkpoints.load(step, stacked_as(before, shapes))
-        model = restacked(parts, before, layer_of_slot(config), shapes)["model"]
+        finish = to_slots(before, layer_of_slot(config), shapes)
+        model = checkpoints.load(step, stacked_as(before, shapes), finish=finish)["model"]
     return from_state(config, mesh, model["params"], model["router_bias"])
 
 
@@ -120,7 +120,8 @@ def from_state(
     if mesh.shape["pipe"] > 1:  # here every rank has all layers
         before, after = layer_of_slot(config), tuple(range(config.model.num_moe_layers))
         parts = params, router_bias
-        params, router_bias = restacked(parts, before, after, stacked_as(after, jax.tree.map(_shape, parts)))
+        shapes = stacked_as(after, jax.tree.map(_shape, parts), cut=False)
+        params, router_bias = restacked(parts, before, after, shapes)
     module = nnx.merge(model_structure(config), params, router_bias)
     return Model(config.model, module, mesh, tokenizer, config.data.sequence_length, FLOATS[config.precision])
 

@@ -1,15 +1,38 @@
-"""What ends a run early: numbers that are not finite, checkpoints none of which is whole, and signals."""
+"""What ends a run early: faults, checkpoints none of which is whole, and signals."""
 
 import signal
 from types import FrameType
 
 
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a loss or gradient that is not finite; the message names them."""
+class EndError(RuntimeError):
+    """A run cannot go on; the message says why, in one line."""
+
+    kind: str  # of the run's last event
+    exit_code: int
 
 
-class DamagedError(RuntimeError):
-    """A run has checkpoints, and none is whole; the message names them and the first damaged file."""
+class NonFiniteError(EndError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+    kind, exit_code = "non_finite", 10
+
+
+class DamagedError(EndError):
+    """A run has checkpoints, and none is whole."""
+
+    kind, exit_code = "damaged", 12
+
+
+class MachineFaultError(EndError):
+    """Steps had numbers that are not finite, and others when they were repeated."""
+
+    kind, exit_code = "machine_fault", 13
+
+
+class SpikeError(EndError):
+    """The loss has a spike, and the run cannot go back behind it."""
+
+    kind, exit_code = "spike", 14
 
 
 class StopSignal:

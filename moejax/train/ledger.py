@@ -1,8 +1,8 @@
 """Where the wall-clock time of a run goes, over all its attempts: the kinds of KINDS, which sum to the wall clock.
 
-An attempt is the life of one process; a run is stopped, killed and resumed many times. At any moment the clock runs for
-one kind only. What is known so far becomes a line of kind "ledger" in the run's events.jsonl, at least after every
-save, so that of an attempt that was killed only the time since its last line is unknown; it counts as restart.
+An attempt is the life of one process, or the part of it after a roll-back; a run has many. At any moment the clock
+runs for one kind only. What is known so far becomes a line of kind "ledger" in the run's events.jsonl, at least after
+every save, so that of an attempt that was killed only the time since its last line is unknown; it counts as restart.
 
 A line has: attempt (its start), resumed (the step it went on from), step (the last one done), useful (seconds of steps
 when that one was done), until (when the line was written), seconds (of the attempt, kind by kind). Times are seconds,
@@ -26,10 +26,10 @@ KINDS = {
     "restore": "checking and loading a checkpoint",
     "initialisation": "from the start of the process to its first compilation or step, restore apart",
     "restart": "from an attempt's last line to the start of the next attempt",
-    "lost_work": "of steps that a later attempt did again, and of steps that did not end",
+    "lost_work": "of steps that did not end, or that a later attempt or the same one did again",
     "other": "all else",
 }
-SPENT = KINDS.keys() - {"steps", "restart", "lost_work"}  # what `Ledger.spend` takes
+SPENT = KINDS.keys() - {"steps", "restart"}  # what `Ledger.spend` takes
 
 
 class _Mark(NamedTuple):
@@ -55,7 +55,7 @@ class Ledger:
         self._every, self._clock = every, clock
         self._write: Callable[..., None] | None = None
         self._before, self._own = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)  # seconds; of this attempt
-        self._marks = [_Mark(0, 0.0)]  # of earlier attempts, ascending
+        self._marks = [_Mark(0, 0.0)]  # at the lines written so far, ascending
         self._attempt = self._until = self._noted = self._useful = 0.0
         self._step = self._resumed = 0
         for line in read_events(earlier):
@@ -73,6 +73,14 @@ class Ledger:
         """
         self._go_back(step)
         self._write = write
+        self.note()
+
+    def roll_back(self, step: int) -> None:
+        """Says that the run goes on from an earlier step: what comes now is another attempt."""
+        self.note()
+        self._begin(self._until)
+        self._useful = 0.0
+        self._go_back(step)
         self.note()
 
     @contextlib.contextmanager
@@ -96,6 +104,7 @@ class Ledger:
         """Writes a line now: for the end of an attempt. A save and a long phase write theirs by themselves."""
         self._charge()
         self._noted = self._until
+        self._marks.append(_Mark(self._step, self._before["steps"] + self._useful))
         if self._write is not None:
             facts = {"attempt": self._attempt, "resumed": self._resumed, "step": self._step, "useful": self._useful}
             seconds = {kind: value for kind, value in self._own.items() if value}

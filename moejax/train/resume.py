@@ -4,13 +4,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from moejax.checkpoint import reading
 from moejax.checkpoint.manager import Checked, Checkpoints
 from moejax.config import ConfigError, RunConfig
 from moejax.data.dataset import Data
@@ -26,9 +27,9 @@ from moejax.train.state import (
     bytes_per_device,
     layer_of_slot,
     new_state,
-    restacked,
     stacked_as,
     state_from,
+    to_slots,
 )
 from moejax.train.together import everyones, is_main, together
 
@@ -52,23 +53,34 @@ class Found:
     """The checkpoints that a run found in its folder."""
 
     whole: Checked | None  # the newest that is
+    place: Checkpoints  # where that is
     damaged: list[Checked]  # newer ones
     seconds: float  # in which they were checked
     fetched: str | None = None  # the address from which the whole one was brought
     source: tuple[Checkpoints, int] | None = None  # of `resume_from`, where there is no checkpoint here: whose weights
+    read_bytes: list[int] = field(default_factory=list)  # of arrays, by each replica: filled in by `start`
 
 
-def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
+def find(config: RunConfig, checkpoints: Checkpoints, local: Checkpoints | None = None) -> Found:
     """Checks the checkpoints, from the newest to one that is whole, and keeps those aside that are not.
 
-    Where none is whole, the newest whole one of `checkpoint.remote` is fetched.
+    Those of `checkpoint.local` count where they are newer. Where none is whole, the newest whole one of
+    `checkpoint.remote` is fetched.
 
     Raises:
         DamagedError: there are some, and none is whole.
     """
     began = time.monotonic()
     remote, sample = config.checkpoint.remote, config.checkpoint.verify
-    whole, damaged = together(lambda: checkpoints.newest_whole(sample, set_aside=True))
+    whole, place, damaged = None, checkpoints, []
+    places = [checkpoints] if local is None else [local, checkpoints]
+    newest = everyones([other.latest or 0 for other in places])[0]
+    for latest, other in sorted(zip(newest, places, strict=True), key=lambda pair: -pair[0]):
+        if whole is None or latest > whole.step:
+            found, more = together(lambda other=other: other.newest_whole(sample, set_aside=True))  # type: ignore[misc]
+            damaged += more
+            if found is not None and (whole is None or found.step > whole.step):
+                whole, place = found, other
     if whole is not None:
         remote = None
     elif remote is not None:
@@ -86,22 +98,24 @@ def find(config: RunConfig, checkpoints: Checkpoints) -> Found:
     if whole is None and config.resume_from is not None:
         wanted = "a run folder, or one of its checkpoints/<step>"
         source = together(lambda: open_source("resume_from", config.resume_from or "", wanted, agree=everyones)[1:])
-    return Found(whole, damaged, time.monotonic() - began, remote if whole is not None else None, source)
+    fetched = remote if whole is not None else None
+    return Found(whole, place, damaged, time.monotonic() - began, fetched, source)
 
 
-def start(
-    config: RunConfig, mesh: Mesh, data: Data, checkpoints: Checkpoints, found: Found
-) -> tuple[TrainState, Position]:
+def start(config: RunConfig, mesh: Mesh, data: Data, found: Found) -> tuple[TrainState, Position]:
     """The state and position to go on from; `data` goes to that position.
 
     Raises:
         ConfigError: the checkpoint is of another model or of other text.
     """
     if found.whole is not None:  # 1. the newest whole checkpoint of this run folder
-        step, shapes = found.whole.step, checkpoint_parts(abstract_state(config, mesh))
+        step, checkpoints = found.whole.step, found.place
+        shapes = checkpoint_parts(abstract_state(config, mesh))
         meta = checkpoints.load_meta(step)
-        parts = _loaded(config, checkpoints, step, tuple(meta.pop("layer_of_slot")), shapes)
-        position = Position(**meta)
+        before = reading.bytes_read()
+        parts = _loaded(config, checkpoints, step, tuple(meta["layer_of_slot"]), shapes)
+        found.read_bytes[:] = reading.by_replica(mesh, everyones(reading.bytes_read() - before))
+        position = Position(**{name: meta[name] for name in ("step", "tokens", "data", "valid_loss")})
         assert position.data is not None  # only a run that did a step saves
         data.train.restore(position.data)
         return TrainState(**parts["model"], **parts["optimizer"]), position
@@ -126,8 +140,9 @@ def _loaded(
 ) -> dict[str, Any]:
     """Parts of a checkpoint whose MoE blocks lie in the order of the slots `before`, in this run's order."""
     after = layer_of_slot(config)
-    parts = checkpoints.load(step, shapes if before == after else stacked_as(before, shapes), partial)
-    return parts if before == after else restacked(parts, before, after, shapes)
+    if before == after:
+        return checkpoints.load(step, shapes, partial)
+    return checkpoints.load(step, stacked_as(before, shapes), partial, to_slots(before, after, shapes))
 
 
 def checkpoint_parts(state: TrainState) -> dict[str, Any]:
@@ -140,6 +155,30 @@ def checkpoint_parts(state: TrainState) -> dict[str, Any]:
 
 def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> None:
     """Says what was found, what was wrong with it and where the run goes on; `fields` go into the event."""
+    tell_damaged(found, log)
+    if found.whole is None:
+        if found.source is not None:
+            folder, step = found.source[0].folder, found.source[1]
+            folder = folder.parent if folder.name == "checkpoints" else folder
+            logger.info(f"started with the weights of step {step} of {folder}")
+            fields |= {"source": str(folder), "source_step": step}
+        log.event("started", **fields)
+        return
+    whole = found.whole
+    part = "" if whole.bytes_read == whole.bytes else f"{whole.bytes_read / (whole.bytes or 1):.0%} of "
+    verified = f"{whole.files:,} files, {part}{volume(whole.bytes)} verified in {found.seconds:.1f} s"
+    brought = f"fetched from {found.fetched}, " if found.fetched else ""
+    is_local = found.place.folder.parent != log.folder.absolute()
+    brought = f"from {found.place.folder}, " if is_local else brought
+    logger.info(f"resumed at step {whole.step}/{total_steps} of {log.folder}: {brought}{verified}{_who_read(found)}")
+    counts = {"files": whole.files, "bytes": whole.bytes, "bytes_read": whole.bytes_read}
+    log.event(
+        "resumed", step=whole.step, **counts, read_bytes=found.read_bytes, seconds=round(found.seconds, 3), **fields
+    )
+
+
+def tell_damaged(found: Found, log: RunLog | NoLog) -> None:
+    """Says which checkpoints are damaged."""
     for checked in found.damaged:
         lines = [str(damage) for damage in checked.damages]
         for line in lines[:LISTED]:
@@ -148,20 +187,13 @@ def tell(found: Found, total_steps: int, log: RunLog | NoLog, **fields: Any) -> 
         more = f"{len(lines) - LISTED} more damaged files; " if len(lines) > LISTED else ""
         logger.warning(f"checkpoint {checked.step}: {more}kept aside{as_name}")
         log.event("damaged", step=checked.step, aside=checked.aside, files=lines[:LISTED], count=len(lines))
-    if found.whole is None:
-        if found.source is not None:
-            folder, step = found.source[0].folder.parent, found.source[1]
-            logger.info(f"started with the weights of step {step} of {folder}")
-            fields |= {"source": str(folder), "source_step": step}
-        log.event("started", **fields)
-        return
-    whole = found.whole
-    part = "" if whole.bytes_read == whole.bytes else f"{whole.bytes_read / (whole.bytes or 1):.0%} of "
-    verified = f"{whole.files:,} files, {part}{volume(whole.bytes)} verified in {found.seconds:.1f} s"
-    place = f"fetched from {found.fetched}, " if found.fetched else ""
-    logger.info(f"resumed at step {whole.step}/{total_steps} of {log.folder}: {place}{verified}")
-    counts = {"files": whole.files, "bytes": whole.bytes, "bytes_read": whole.bytes_read}
-    log.event("resumed", step=whole.step, **counts, seconds=round(found.seconds, 3), **fields)
+
+
+def _who_read(found: Found) -> str:
+    if len(found.read_bytes) == 1 or jax.process_count() == 1:
+        return ""
+    read = (f"replica {n} read {volume(size) if size else 'nothing'}" for n, size in enumerate(found.read_bytes))
+    return f"; {', '.join(read)}"
 
 
 def require_same_model(config: RunConfig, folder: Path) -> None:

@@ -11,16 +11,19 @@
 
 Beside them lie checkpoints/ and, of a process that hung, stacks-<process>.txt (watchdog.py). Kinds of events:
 
-- started, resumed: the text's unigram_loss, parameters and peak_flops; of resumed also the step, and how much of its
-  checkpoint was verified in how many seconds
+- started, resumed: the text's unigram_loss, parameters and peak_flops; of resumed also the step, how much of its
+  checkpoint was verified in how many seconds, and the bytes that each replica then read (read_bytes)
 - damaged: a checkpoint that was skipped, with its step, the name that it has now, and the first damaged files
 - validation: step, valid_loss, valid_bits_per_byte
 - checkpoint: one that was committed, with its step, the seconds since its save began, bytes, and the steps deleted
 - checkpoint_failed: one that was not, with its step and the error
 - uploaded, upload_failed and so on: of copies at checkpoint.remote, see checkpoint/remote.py
 - ledger: see ledger.py
-- non_finite: step, quantities
-- finished, stopped, non_finite, failed: how the run ended, with the step or the error
+- non_finite: step, quantities; also when it was repeated from the same data
+- machine_fault: step, quantities; they were finite when the step was repeated
+- spike: step, loss, z
+- rolled_back: step, from_step, and whether the batches in between are skipped
+- finished, stopped, non_finite, machine_fault, spike, failed: how the run ended, with the step or the error
 
 JSON has no NaN: a number that is not finite is written as null, and an event of kind non_finite names it.
 
@@ -32,12 +35,13 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import itertools
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,6 +55,7 @@ from moejax.train.ledger import read_events
 from moejax.train.tensorboard import TensorBoard
 
 SPACE = "a disk with space left"
+BY_STEP = ("metrics", "expert_load")  # files with lines that go when a run goes back
 
 
 class Metric(NamedTuple):
@@ -115,10 +120,10 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_whole(self.folder / "config.json", config.to_json())
             _write_whole(self.folder / "environment.json", _json(environment_report(), indent=2))
-            for name in ("metrics", "expert_load"):
-                _keep(self.folder / f"{name}.jsonl", lambda line: json.loads(line)["step"] <= resumed_step)
-            _keep(self.folder / "events.jsonl", lambda line: True)
-            self._files = {name: self._open_file(name) for name in ("metrics", "events", "expert_load")}
+            for name in BY_STEP:
+                _cut(self.folder / f"{name}.jsonl", resumed_step)
+            _cut(self.folder / "events.jsonl")
+            self._files = {name: self._open_file(name) for name in (*BY_STEP, "events")}
             self._console = ConsoleHandler(total_steps=total_steps, console=console)
             self._open_logger(self._console, _LogFile(self.folder / "log.txt", encoding="utf-8"))
             self._tensorboard = self._open_tensorboard(resumed_step) if config.log.tensorboard else None
@@ -162,8 +167,20 @@ class RunLog:
         """Writes an event; the kinds are named at the top of this file."""
         self._append("events", {"time": round(time.time(), 3), "kind": kind, **fields})
 
+    def roll_back(self, step: int) -> None:
+        """Drops the lines of the steps after `step`, which are done again; all that wait where the disk is full."""
+        with self.full_disk_borne():
+            self._write_waiting()
+        with self._disk():
+            for name in BY_STEP:
+                self._waiting[name] = b""
+                _cut(self.folder / f"{name}.jsonl", step)
+        with self.full_disk_borne():
+            if self._tensorboard is not None:
+                self._tensorboard.restart(step + 1)
+
     def finish(self, kind: str, **fields: Any) -> None:
-        """Writes the last event, of kind finished, stopped or non_finite, and summary.json with `fields` in it."""
+        """Writes the last event, of kind finished, stopped or an `EndError.kind`, and summary.json with `fields`."""
         self._finished = True
         self.event(kind, step=self._last.get("step"))
         with self._disk():
@@ -261,6 +278,9 @@ class NoLog:
     def event(self, kind: str, **fields: Any) -> None:
         """As `RunLog.event`."""
 
+    def roll_back(self, step: int) -> None:
+        """As `RunLog.roll_back`."""
+
     def finish(self, kind: str, **fields: Any) -> None:
         """As `RunLog.finish`."""
 
@@ -303,10 +323,9 @@ def _write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _keep(path: Path, wanted: Callable[[bytes], bool]) -> None:
-    """Keeps the lines that are wanted; a last line that was cut off goes too, which would spoil the next one."""
+def _cut(path: Path, step: int | None = None) -> None:
+    """Cuts off the lines of the steps after `step`, and a last line that is not whole: it would spoil the next one."""
     if path.is_file():
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and wanted(line)]
-        if kept != lines:
-            _write_whole(path, b"".join(kept).decode())
+        whole = (line.endswith(b"\n") and (step is None or json.loads(line)["step"] <= step) for line in lines)
+        os.truncate(path, sum(map(len, itertools.compress(lines, itertools.takewhile(bool, whole)))))

@@ -1,10 +1,12 @@
 """A checkpoint of a run, named by a path: to be read, or to start another run from."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moejax.checkpoint.commit import read_meta
 from moejax.checkpoint.manager import Checkpoints
 from moejax.config import ConfigError, RunConfig
 
@@ -20,23 +22,40 @@ def open_source(
 
     Args:
         place: where the path comes from, for errors.
-        folder: a run folder, or one of its checkpoints/<step>.
+        folder: a run folder, one of its checkpoints/<step>, or a copy of such a folder.
         wanted: what else it may be, for errors.
         agree: as of `Checkpoints`.
 
     Raises:
         ConfigError: it is none, or what is there is not whole.
     """
-    run, step = Path(folder), None
-    if run.parent.name == "checkpoints" and run.name.isdigit():
-        run, step = run.parent.parent, int(run.name)
-    if not (run / "config.json").is_file():
+    path = Path(folder)
+    if path.name.isdigit() and (path / "meta").is_dir():
+        checkpoints = Checkpoints(path.parent, agree=agree)
+        step = _whole(place, checkpoints, int(path.name))
+    elif (path / "config.json").is_file():
+        checkpoints = Checkpoints(path / "checkpoints", agree=agree)
+        if not checkpoints.steps:
+            raise ConfigError(place, str(folder), f"{wanted}; there is no checkpoint yet")
+        step = _newest_whole(place, checkpoints)
+    else:
         raise ConfigError(place, str(folder), wanted)
-    checkpoints = Checkpoints(run / "checkpoints", agree=agree)
-    if not checkpoints.steps or (step is not None and step not in checkpoints.steps):
-        raise ConfigError(place, str(folder), f"{wanted}; there is no checkpoint yet")
-    config = RunConfig.from_json((run / "config.json").read_text(encoding="utf-8"))
-    return config, checkpoints, _newest_whole(place, checkpoints) if step is None else _whole(place, checkpoints, step)
+    return saved_config(checkpoints.folder / str(step)), checkpoints, step
+
+
+def saved_config(checkpoint: Path) -> RunConfig:
+    """The settings of the run of a checkpoint: its config.json, and for a copy elsewhere what the checkpoint says.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    file = checkpoint.absolute().parent.parent / "config.json"
+    if checkpoint.absolute().parent.name == "checkpoints" and file.is_file():
+        return RunConfig.from_json(file.read_text(encoding="utf-8"))
+    meta = read_meta(checkpoint)
+    if "config" not in meta:
+        raise ConfigError("checkpoint", str(checkpoint), "one with the settings of its run in meta/data.json")
+    return RunConfig.from_json(json.dumps(meta["config"]))
 
 
 def _newest_whole(place: str, checkpoints: Checkpoints) -> int:

@@ -1,7 +1,8 @@
 """Everything on the devices that defines a run between two steps."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int
 
+from moejax.checkpoint.reading import BITS
 from moejax.config import RunConfig
 from moejax.model.moe import RouterBias
 from moejax.model.shards import on_mesh
@@ -100,40 +102,56 @@ def _is_stack(path: tuple) -> bool:
     return any(getattr(key, "key", None) == "moe_blocks" for key in path)
 
 
-def stacked_as(slots: Sequence[int], shapes: Tree) -> Tree:
+def stacked_as(slots: Sequence[int], shapes: Tree, cut: bool = True) -> Tree:
     """Shapes and shardings of (parts of) a state whose MoE blocks are stacked in the order of `slots`.
 
-    `shapes`: those of the state on a mesh. The stacks are not cut over `pipe`, whose length the slots may not fit.
+    `shapes`: those of the state on a mesh. With `cut` stacks stay cut over `pipe`, if the number of slots divides.
     """
 
     def one(path: tuple, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not _is_stack(path):
             return x
-        sharding = NamedSharding(x.sharding.mesh, P(None, *x.sharding.spec[1:]))  # type: ignore[union-attr]
+        mesh, spec = x.sharding.mesh, x.sharding.spec  # type: ignore[union-attr]
+        first = spec[0] if cut and len(slots) % mesh.shape["pipe"] == 0 else None
+        sharding = NamedSharding(mesh, P(first, *spec[1:]))
         return jax.ShapeDtypeStruct((len(slots), *x.shape[1:]), x.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
-def restacked(state: Tree, before: Sequence[int], after: Sequence[int], shapes: Tree) -> Tree:
-    """(Parts of) a state whose MoE blocks go from the order of the slots `before` to that of `after`.
+def to_slots(before: Sequence[int], after: Sequence[int], shapes: Any) -> Callable[[tuple, Array], Array]:
+    """`one(path, array)`: brings the MoE blocks of a state from the order of the slots `before` to that of `after`.
 
-    `shapes`: what comes out, as the devices are to hold it; an empty place is all zeros.
+    Beside what goes in and what comes out a device holds one stack that is not cut over `pipe`.
+
+    `shapes`: of (parts of) the state as the devices are to hold it; an empty place is all zeros.
     """
-    place = np.asarray([before.index(layer) if layer >= 0 else 0 for layer in after])
-    is_layer = np.asarray(after) >= 0
+    wanted = dict(jax.tree_util.tree_leaves_with_path(shapes))
+    places = tuple(before.index(layer) if layer >= 0 else -1 for layer in after)
 
-    def one(path: tuple, x: Array, like: jax.ShapeDtypeStruct) -> Array:
+    def one(path: tuple, x: Array) -> Array:
         if not _is_stack(path):
             return x
-        spec = like.sharding.spec  # type: ignore[union-attr]
-        found = jax.reshard(x, P(None, *spec[1:])).at[place].get(out_sharding=P(None, *spec[1:]))
-        keep = is_layer.reshape(-1, *(1,) * (x.ndim - 1))
-        return jax.reshard(jnp.where(keep, found, 0), spec)
+        sharding = wanted[path].sharding
+        with jax.set_mesh(sharding.mesh):
+            return _taken(x, places, sharding.spec)
 
-    mesh = next(leaf.sharding.mesh for leaf in jax.tree.leaves(shapes))
-    with jax.set_mesh(mesh):
-        return jax.jit(lambda state: jax.tree_util.tree_map_with_path(one, state, shapes))(state)
+    return one
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _taken(stack: Array, places: tuple[int, ...], spec: P) -> Array:
+    """The layers of a stack at `places`, -1: zeros."""
+    place = np.asarray(places)
+    keep = (place >= 0).reshape(-1, *(1,) * (stack.ndim - 1))
+    bits = jax.lax.bitcast_convert_type(stack, BITS[stack.dtype.itemsize])
+    layers = jax.reshard(bits, P(None, *spec[1:])).at[np.maximum(place, 0)].get(out_sharding=spec)
+    return jax.lax.bitcast_convert_type(jnp.where(keep, layers, 0), stack.dtype)
+
+
+def restacked(state: Tree, before: Sequence[int], after: Sequence[int], shapes: Tree) -> Tree:
+    """(Parts of) a state whose MoE blocks go from the order of the slots `before` to `after`; see `to_slots`."""
+    return jax.tree_util.tree_map_with_path(to_slots(before, after, shapes), state)
 
 
 def state_specs(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -20,6 +20,10 @@ class TensorBoard:
         """`first_step`: points of this step and later, in older files of the folder, are no longer shown."""
         folder.mkdir(parents=True, exist_ok=True)
         self._file, self._flush_seconds, self._flushed = EventsWriter(str(folder / "events")), flush_seconds, 0.0
+        self.restart(first_step)
+
+    def restart(self, first_step: int) -> None:
+        """Points of this step and later that are there already are no longer shown."""
         start = SessionLog(status=SessionLog.START)
         self._file.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 

@@ -45,7 +45,7 @@ fi
 code=0
 srun --cpu-bind=none --kill-on-bad-exit=1 "$command" train "$@" || code=$?
 case $code in
-  0 | 2 | 3 | 10 | 12 | 130) ;; # done; settings or files; no such hardware; not finite; no whole checkpoint; interrupted
+  0 | 2 | 3 | 10 | 12 | 14 | 130) ;; # done; settings or files; no such hardware; not finite; no checkpoint; spike; interrupted
   *)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-20}" ]; then
       scontrol requeue "$SLURM_JOB_ID" || true # which says why
