@@ -64,7 +64,8 @@ def total(losses):
 
 def want(cfg, tensors, tokens):
     """main, mtp and balance of `Losses` by the naive model, and the counts of all MoE layers."""
-    hf = config_to_hf(cfg)
+    settings = dataclasses.replace(cfg.mtp, after_final_norm=True)  # all that `hf` can say; the reference is told below
+    hf = config_to_hf(dataclasses.replace(cfg, mtp=settings))
     main = mtp = balance = 0.0
     counts = np.zeros((cfg.num_layers - cfg.num_dense_layers + cfg.mtp.depth, cfg.moe.num_experts), int)
     for row in tokens:
