@@ -7,7 +7,7 @@ saved again and again. Reported, as medians with the smallest and the largest:
 
 - stall: how long the step after a save waits, and the same for a GB
 - the 10 steps after a save, relative to the 10 steps before it
-- peak of the process's memory in a save, beyond its peak before, relative to the state (the shard of its one device)
+- peak of the process's memory in a save, beyond that before it, relative to the state (the shard of its one device)
 - memory after each of many saves of a small state: how the median of the last third differs from that of the second
 - bytes per second of a restore and of a verification from disk, relative to reading the same files and nothing else
 - SIGKILL in a step of a run with `--launch.restarts 1`: the seconds to its first new step, and of what they consist
@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -70,6 +71,7 @@ LARGE = {"hidden": 512, "layers": 9, "expert_width": 256}
 SMALL = {"hidden": 64, "layers": 3, "expert_width": 32}
 BETWEEN = 24  # steps between two saves: 10 after the one, a rest, 10 before the other
 GB = 1e9
+ON_CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
 
 def main() -> None:
@@ -78,7 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoints"))
     parser.add_argument("--saves", type=int, default=8, help="of the large state")
     parser.add_argument("--small-saves", type=int, default=50, help="of the small state")
-    names = ["saves", "many", "reading", "killed"]
+    names = ["saves", "peaks", "many", "reading", "killed"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names, help="reading needs the run of saves")
     options = parser.parse_args()
     if "saves" in options.parts:
@@ -90,6 +92,7 @@ def main() -> None:
         (options.folder / f"{name}.py").write_text(CONFIG.format(text=str(text.absolute()), **sizes))
     parts = {
         "saves": lambda: saves(options.folder, options.saves),
+        "peaks": peaks,
         "many": lambda: many_saves(options.folder, options.small_saves),
         "reading": lambda: reading(options.folder),
         "killed": lambda: killed(options.folder),
@@ -103,10 +106,10 @@ def main() -> None:
 
 
 def saves(folder: Path, number: int) -> list[tuple[str, str]]:
-    """Stalls, slower steps and peaks of memory of a run that saves the large state."""
+    """Stalls and slower steps of a run that saves the large state."""
     run = folder / "large"
-    with Sampled() as memory:
-        memory.run(train(folder / "large.py", run, BETWEEN * (number + 1), BETWEEN))
+    if train(folder / "large.py", run, BETWEEN * (number + 1), BETWEEN).wait():
+        sys.exit(f"{run}: the run failed")
     steps = {line["step"]: line["step_time"] for line in lines(run, "metrics")}
     done = [event for event in lines(run, "events") if event["kind"] == "checkpoint" and event["step"] % BETWEEN == 0]
     done = [event for event in done if event["step"] + 10 in steps]
@@ -115,10 +118,6 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
     stalls = [after - before for before, after in itertools.pairwise(ledger) if after > before]
     stalls = stalls[: len(done)]  # the last save is waited for
     around = [(window(steps, event["step"] - 9), window(steps, event["step"] + 1)) for event in done]
-    peaks = []
-    for event in done:
-        began, ended = event["time"] - event["seconds"], event["time"]
-        peaks.append((memory.peak(began, ended) - memory.peak(began - 10, began)) / size)
     return [
         ("state", f"{size / GB:.2f} GB"),
         ("a save, from its begin to its commit", f"{spread([event['seconds'] for event in done])} s"),
@@ -126,7 +125,6 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
         ("stall per GB", f"{spread([stall / size * GB for stall in stalls])} s"),
         ("10 steps after a save / before it", spread([after / before for before, after in around])),
         ("step", f"{spread([before for before, _ in around])} s"),
-        ("peak of memory in a save beyond that in the 10 s before / state", spread(peaks)),
     ]
 
 
@@ -170,15 +168,55 @@ class Sampled:
                 break
             time.sleep(0.02)
         if process.wait():
-            sys.exit(f"{process.args} ended with {process.returncode}")
-
-    def peak(self, began: float, ended: float) -> int:
-        """The most in a span of time, in bytes."""
-        return max(size for moment, size in self._samples if began <= moment <= ended)
+            sys.exit(f"{process.args!r} ended with {process.returncode}")
 
     def median(self, began: float, ended: float) -> float:
         """The usual in a span of time, in bytes."""
         return statistics.median(size for moment, size in self._samples if began <= moment <= ended)
+
+
+def peaks() -> list[tuple[str, str]]:
+    """The memory that a save takes, while a step makes the next state, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--memory", folder]
+        said = subprocess.run(command, check=True, capture_output=True, text=True, env=ON_CPU).stdout
+    size, *over = map(float, said.split())
+    return [(f"peak of memory in a save of {size / GB:.2f} GB beyond that before it / state", spread(over))]
+
+
+def memory_alone(folder: Path) -> str:
+    """Bytes of a state, and for each of five saves the peak beyond the memory before it, relative to them."""
+    import jax
+    import jax.numpy as jnp
+
+    from moejax.checkpoint.manager import Checkpoints
+
+    shapes = [(8, 32, 512, 512)] * 2 + [(8, 32, 256, 512)] + [(512, 512)] * 40 + [(8, 512, 128)] * 20
+    state = {f"{number}": jnp.ones(shape, jnp.float32) for number, shape in enumerate(shapes)}
+    size = sum(array.nbytes for array in state.values())
+    step = jax.jit(lambda state: jax.tree.map(lambda array: array * 0.5 + 1, state), donate_argnums=0)
+    state = jax.block_until_ready(step(state))
+    found = []
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        for number in range(1, 6):
+            before, done = psutil.Process().memory_info().rss, threading.Event()
+            most = [before]
+
+            def watch(done: threading.Event = done, most: list[int] = most) -> None:
+                while not done.wait(0.003):
+                    most.append(psutil.Process().memory_info().rss)
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            checkpoints.save(number, {"state": state}, {})
+            state = jax.block_until_ready(step(state))
+            saved = checkpoints.wait()
+            done.set()
+            watcher.join()
+            if saved is None or saved.failure is not None:
+                sys.exit(f"save {number} failed: {saved}")
+            found.append((max(most) - before) / size)
+    return " ".join(map(str, [size, *found]))
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -299,7 +337,7 @@ def event_of(run: Path, kind: str, since: float, process: subprocess.Popen) -> d
             if event["kind"] == kind and event["time"] > since:
                 return event
         if process.poll() is not None:
-            sys.exit(f"{process.args} ended with {process.returncode}")
+            sys.exit(f"{process.args!r} ended with {process.returncode}")
         time.sleep(0.01)
 
 
@@ -310,7 +348,7 @@ def train(config: Path, run: Path, steps: int, every: int, *flags: str) -> subpr
     """Starts a run."""
     words = ["--steps", str(steps), "--out", str(run), "--checkpoint.every-steps", str(every), *flags]
     command = [sys.executable, "-m", "moejax", "train", str(config), *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ON_CPU)
 
 
 def lines(run: Path, name: str) -> list[dict]:
@@ -332,7 +370,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    ALONE = {"--read": read_alone, "--verify": verify_alone, "--restore": restore_alone}
+    ALONE = {"--memory": memory_alone, "--read": read_alone, "--verify": verify_alone, "--restore": restore_alone}
     if len(sys.argv) == 3 and sys.argv[1] in ALONE:
         print(ALONE[sys.argv[1]](Path(sys.argv[2])))
     else:
