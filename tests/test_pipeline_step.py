@@ -88,7 +88,8 @@ def assert_same_as_one_device(config, mesh_config, pipeline, routing):
         for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
             np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-5, err_msg=name)
         assert want.grad_norm > config.optimizer.clip_norm  # clipping acts
-        assert mesh_config.expert == 1 or routing != "all on two experts" or got.exchange_rounds > 1
+        few_slots = mesh_config.expert > 2 and routing == "all on two experts"  # two devices have slots for all tokens
+        assert not few_slots or got.exchange_rounds > 1
     assert_close(moments, reordered(resolved, want_moments), rtol=3e-5)
     got, want = jax.device_get(state), reordered(resolved, want_state)
     assert_close(got.router_bias, want.router_bias, rtol=0)
