@@ -72,7 +72,18 @@ def test_a_damaged_local_checkpoint_leaves_the_durable_one(crashed):
     (local_folder(crashed) / "3" / "meta" / "data.json").write_text("{}")
     train(crashed)
     assert events(crashed, "resumed")[0]["step"] == 2
-    assert events(crashed, "damaged")[0]["step"] == 3
+    assert [(event["step"], event["aside"]) for event in events(crashed, "damaged")] == [(3, "3.damaged.1")]
+    assert len(losses(crashed)) == 6
+
+
+def test_a_damaged_durable_checkpoint_is_saved_again_where_only_a_local_one_is_whole(crashed, monkeypatch):
+    durable = Path(crashed.folder) / "checkpoints"
+    shutil.copytree(durable / "2", durable / "4")  # newer than the local one, and damaged
+    for step in ("2", "4"):
+        (durable / step / "meta" / "data.json").write_text("{}")
+    train(crashed)
+    assert events(crashed, "resumed")[0]["step"] == 3
+    assert sorted(path.name for path in durable.iterdir()) == ["2.damaged.1", "4", "4.damaged.1", "6"]
 
 
 def test_a_local_checkpoint_of_a_run_folder_that_was_deleted_is_not_taken_up(crashed):

@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_is_skipped_and_its_steps_done_again(finished, monk
     assert (damaged["step"], damaged["aside"], damaged["count"]) == (6, "6.damaged.1", 1) and what.startswith(file)
     assert resumed["step"] == 4 and resumed["bytes_read"] == resumed["bytes"] > 0
     log = (folder / "log.txt").read_text()
-    assert f"WARNING checkpoint 6: damaged: {what}" in log and "kept aside as checkpoints/6.damaged.1" in log
+    assert f"WARNING checkpoint 6: damaged: {what}" in log and "kept aside as 6.damaged.1" in log
     assert f"resumed at step 4/6 of {folder}: {resumed['files']} files" in log
     ledger = json.loads((folder / "summary.json").read_text())["time"]
     assert (ledger["attempts"], ledger["lost_steps"]) == (2, 2) and ledger["seconds"]["lost_work"] > 0

@@ -40,7 +40,8 @@ class Faults:
         if again:
             return self._of_the_model(step, again)
         self.bad_steps = []
-        return self._of_the_machine(step, first) if first else self._spike(step, loss)
+        fault = self._of_the_machine(step, first) if first else None
+        return fault or self._spike(step, loss)
 
     def of_some_processes(self, step: int) -> Fault:
         """The judgement where only some processes have numbers that are not finite, and so another state."""
@@ -71,7 +72,7 @@ class Faults:
         self._event("machine_fault", step=step, quantities=list(bad))
         if self._machine_faults < limit:
             return None
-        words = f"step {step}: {said}, for the {self._machine_faults}th time"
+        words = f"step {step}: {said}, as of {self._machine_faults} steps"
         return Fault(MachineFaultError, words, can_roll_back=False, is_good=True)
 
     def _spike(self, step: int, loss: float) -> Fault | None:

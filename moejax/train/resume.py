@@ -72,13 +72,14 @@ def find(config: RunConfig, checkpoints: Checkpoints, local: Checkpoints | None 
     """
     began = time.monotonic()
     remote, sample = config.checkpoint.remote, config.checkpoint.verify
-    whole, place, damaged = None, checkpoints, []
+    whole, place = None, checkpoints
+    damaged: list[tuple[Checkpoints, Checked]] = []  # and where they are
     places = [checkpoints] if local is None else [local, checkpoints]
     newest = everyones([other.latest or 0 for other in places])[0]
     for latest, other in sorted(zip(newest, places, strict=True), key=lambda pair: -pair[0]):
         if whole is None or latest > whole.step:
             found, more = together(lambda other=other: other.newest_whole(sample, set_aside=True))  # type: ignore[misc]
-            damaged += more
+            damaged += [(other, one) for one in more]
             if found is not None and (whole is None or found.step > whole.step):
                 whole, place = found, other
     if whole is not None:
@@ -86,10 +87,12 @@ def find(config: RunConfig, checkpoints: Checkpoints, local: Checkpoints | None 
     elif remote is not None:
         together(lambda: fetch(remote, checkpoints) if is_main() else None)
         whole, more = together(lambda: checkpoints.newest_whole(sample, set_aside=True))
-        damaged = more + [one for one in damaged if one.step not in {other.step for other in more}]
+        again = {one.step for one in more}
+        damaged = [(checkpoints, one) for one in more] + [pair for pair in damaged if pair[1].step not in again]
     if whole is None and damaged:
-        steps = f"step{'s' if len(damaged) > 1 else ''} {', '.join(str(checked.step) for checked in damaged)}"
-        first = f"{damaged[0].step} has {damaged[0].damages[0]}"
+        bad = [checked for _, checked in damaged]
+        steps = f"step{'s' if len(bad) > 1 else ''} {', '.join(str(checked.step) for checked in bad)}"
+        first = f"{bad[0].step} has {bad[0].damages[0]}"
         raise DamagedError(
             f"no checkpoint in {checkpoints.folder} is whole, of {steps}; {first}; restore one from a copy, or move "
             "them away to begin anew"
@@ -99,7 +102,15 @@ def find(config: RunConfig, checkpoints: Checkpoints, local: Checkpoints | None 
         wanted = "a run folder, or one of its checkpoints/<step>"
         source = together(lambda: open_source("resume_from", config.resume_from or "", wanted, agree=everyones)[1:])
     fetched = remote if whole is not None else None
-    return Found(whole, place, damaged, time.monotonic() - began, fetched, source)
+    bad = together(lambda: [_aside(*pair) for pair in damaged])
+    return Found(whole, place, bad, time.monotonic() - began, fetched, source)
+
+
+def _aside(place: Checkpoints, checked: Checked) -> Checked:
+    """A damaged checkpoint, renamed unless it has been: its step is to be saved again."""
+    if checked.aside or not is_main() or checked.step not in place.steps:
+        return checked
+    return dataclasses.replace(checked, aside=place.set_aside(checked.step))
 
 
 def start(config: RunConfig, mesh: Mesh, data: Data, found: Found) -> tuple[TrainState, Position]:
@@ -183,7 +194,7 @@ def tell_damaged(found: Found, log: RunLog | NoLog) -> None:
         lines = [str(damage) for damage in checked.damages]
         for line in lines[:LISTED]:
             logger.warning(f"checkpoint {checked.step}: damaged: {line}")
-        as_name = f" as checkpoints/{checked.aside}" if checked.aside else ""
+        as_name = f" as {checked.aside}" if checked.aside else ""
         more = f"{len(lines) - LISTED} more damaged files; " if len(lines) > LISTED else ""
         logger.warning(f"checkpoint {checked.step}: {more}kept aside{as_name}")
         log.event("damaged", step=checked.step, aside=checked.aside, files=lines[:LISTED], count=len(lines))
