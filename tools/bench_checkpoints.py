@@ -1,6 +1,6 @@
 """What checkpoints cost: stalls, slower steps, memory, the speed of restoring and verifying, a killed run's way back.
 
-    python tools/bench_checkpoints.py [--folder FOLDER] [--saves 8] [--small-saves 50]
+    python tools/bench_checkpoints.py [--folder FOLDER] [--saves 8] [--rows 2] [--small-saves 50]
 
 A model of 100 million parameters in FP32, with its moments 1.2 GB, is trained on this machine's CPU in one process and
 saved again and again. Reported, as medians with the smallest and the largest:
@@ -60,7 +60,7 @@ def config() -> RunConfig:
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, moments="fp32"),
         schedule=ScheduleConfig(warmup_steps=10, learning_rate=(Phase(until=1.0, value=1.0),)),
-        data=DataConfig(train=({text!r},), sequence_length=64, batch_size=2, virtual_shards=2),
+        data=DataConfig(train=({text!r},), sequence_length=64, batch_size={rows}, virtual_shards=2),
         checkpoint=CheckpointConfig(every_minutes=None, keep=2, keep_best=False),
         log=LogConfig(
             valid_every=10**6, pictures_every=10**6, sample_tokens=0, tensorboard=False, peak_flops=1e12
@@ -69,7 +69,7 @@ def config() -> RunConfig:
 '''
 LARGE = {"hidden": 512, "layers": 9, "expert_width": 256}
 SMALL = {"hidden": 64, "layers": 3, "expert_width": 32}
-BETWEEN = 24  # steps between two saves: 10 after the one, a rest, 10 before the other
+BETWEEN = 20  # steps between two saves: 10 after the one, 10 before the other
 GB = 1e9
 ON_CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoints"))
     parser.add_argument("--saves", type=int, default=8, help="of the large state")
+    parser.add_argument("--rows", type=int, default=2, help="of 64 tokens, in a step of the large model")
     parser.add_argument("--small-saves", type=int, default=50, help="of the small state")
     names = ["saves", "peaks", "many", "reading", "killed"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names, help="reading needs the run of saves")
@@ -88,8 +89,8 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     text = options.folder / "text.txt"
     text.write_text("".join(f"{i} to the power of two is {i * i}\n" for i in range(100_000)))
-    for name, sizes in (("large", LARGE), ("small", SMALL)):
-        (options.folder / f"{name}.py").write_text(CONFIG.format(text=str(text.absolute()), **sizes))
+    for name, sizes, rows in (("large", LARGE, options.rows), ("small", SMALL, 2)):
+        (options.folder / f"{name}.py").write_text(CONFIG.format(text=str(text.absolute()), rows=rows, **sizes))
     parts = {
         "saves": lambda: saves(options.folder, options.saves),
         "peaks": peaks,
@@ -108,7 +109,7 @@ def main() -> None:
 def saves(folder: Path, number: int) -> list[tuple[str, str]]:
     """Stalls and slower steps of a run that saves the large state."""
     run = folder / "large"
-    if train(folder / "large.py", run, BETWEEN * (number + 1), BETWEEN).wait():
+    if train(folder / "large.py", run, BETWEEN * number + 10, BETWEEN).wait():
         sys.exit(f"{run}: the run failed")
     steps = {line["step"]: line["step_time"] for line in lines(run, "metrics")}
     done = [event for event in lines(run, "events") if event["kind"] == "checkpoint" and event["step"] % BETWEEN == 0]
