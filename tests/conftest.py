@@ -14,6 +14,7 @@ import dataclasses
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from moejax.config import (
     AttentionConfig,
@@ -88,3 +89,13 @@ def change():
         return dataclasses.replace(config, **{first: changed(getattr(config, first), rest, value) if rest else value})
 
     return changed
+
+
+@pytest.fixture
+def no_cache():
+    """What is compiled for devices that are not there cannot be loaded again."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()

@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import MeshConfig
 from moejax.mesh import AXES, make_mesh
-from moejax.ops.varying import vary_over
 from moejax.pipeline.carry import KINDS, Work
 from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
@@ -24,6 +23,7 @@ from moejax.pipeline.replay import cells_of
 from moejax.pipeline.schedule import named, unpiped
 from moejax.pipeline.table import build
 from moejax.pipeline.whole import WholePasses
+from moejax.varying import vary_over
 
 ROWS, DIM, DSTAT = 5, 8, 0.3
 

@@ -58,7 +58,6 @@ from moejax.config import (
 )
 from moejax.data.batches import Batch
 from moejax.mesh import AXES, make_mesh, resolve, simulate
-from moejax.ops.varying import vary_over
 from moejax.pipeline.carry import Work
 from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
@@ -66,6 +65,7 @@ from moejax.pipeline.stages import program_of, require_pipeline, table_of
 from moejax.pipeline.table import Table
 from moejax.train.state import new_state
 from moejax.train.step import StepSettings, make_train_step, place
+from moejax.varying import vary_over
 
 SCHEDULES = ("gpipe", "one_f_one_b", "zb1p", "dualpipe", "dualpipe_v")
 EMPTY_STEPS = 5  # of a turn

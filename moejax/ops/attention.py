@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.varying import zeros_varying
+from moejax.varying import zeros_varying
 
 _NEVER = -1e30  # a score that no softmax sees; finite, so that differences of two are not NaN
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.varying import zeros_varying
+from moejax.varying import zeros_varying
 
 
 def cross_entropy(

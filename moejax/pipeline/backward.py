@@ -199,7 +199,7 @@ def _require_varying(values: Sequence[jc.Var], inputs: Sequence[jc.Var]) -> None
     axes = frozenset().union(*(_spec(v).manual_axis_type.varying for v in inputs))
     wrong = [str(v.aval) for v in values if _spec(v).manual_axis_type.varying != axes]
     if wrong:
-        raise TypeError(f"{wrong} follow from the stage's input and must vary over {sorted(axes)} (ops/varying.py)")
+        raise TypeError(f"{wrong} follow from the stage's input and must vary over {sorted(axes)} (varying.py)")
 
 
 def _structure_of_gradient(tree: Any) -> Any:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array
 
 from moejax.mesh import AXES
-from moejax.ops.varying import vary_over
+from moejax.varying import vary_over
 
 Tree = TypeVar("Tree")
 

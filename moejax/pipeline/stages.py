@@ -23,7 +23,6 @@ from moejax.model.moe import RouterBias
 from moejax.model.shards import gather_for_step, gather_for_use, reduce
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
-from moejax.ops.varying import vary_over
 from moejax.pipeline.carry import Outcome, Work
 from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
@@ -32,6 +31,7 @@ from moejax.pipeline.mirror import from_copies, to_copies
 from moejax.pipeline.schedule import Program, forward_only, named, unpiped
 from moejax.pipeline.table import Table, build
 from moejax.pipeline.whole import WholePasses
+from moejax.varying import vary_over
 
 
 def mesh_of_extras(cfg: MeshConfig) -> MeshConfig:

@@ -21,11 +21,11 @@ from moejax.model.hf import load_hf
 from moejax.model.shards import gather_for_step
 from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
-from moejax.ops.varying import vary_over
 from moejax.serve.generate import sample_tokens
 from moejax.train.source import open_source
 from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as, to_slots
 from moejax.train.together import CompiledTogether
+from moejax.varying import vary_over
 
 
 @dataclass(frozen=True)

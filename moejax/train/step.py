@@ -21,11 +21,11 @@ from moejax.data.batches import Batch
 from moejax.mesh import AXES, BATCH_AXES
 from moejax.model.transformer import Losses
 from moejax.ops.routing import update_bias
-from moejax.ops.varying import vary_over
 from moejax.pipeline.interleave import GPU_OPTIONS
 from moejax.pipeline.stages import Objective, counts_of_biases, evaluate, gradients, in_order
 from moejax.train.optimizer import clip, make_optimizer
 from moejax.train.state import TrainState, model_structure, state_specs
+from moejax.varying import vary_over
 
 
 @jax.tree_util.register_dataclass
