@@ -463,7 +463,8 @@ class RunConfig:
     # run folder, or its checkpoints/<step>, with whose weights and router biases a new run starts; None: they are drawn
     resume_from: str | None = None
     resume_optimizer: bool = False  # with the optimizer's moments of that run, too
-    precision: Literal["fp32", "bf16"] = "bf16"  # of the compute; master weights are FP32
+    # of the compute; master weights are FP32. fp8: E4M3 in tiles in the linear layers of all blocks, else BF16
+    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
     # a step that takes longer ends the run with exit code 11; compiling, restoring, validating, saving and drawing may
     # take 4 times as long. None: no limit
     hang_seconds: float | None = 1800.0

@@ -8,6 +8,7 @@ S sequences, T tokens, E experts, K experts per token, G groups of experts, H he
 
 import math
 
+import ml_dtypes
 import numpy as np
 
 
@@ -345,3 +346,42 @@ def adamw_step(params, grads, lr, step=1, m=None, v=None, decay=0.1, clip=1.0, b
         direction = (new_m[name] / (1 - beta1**step)) / (np.sqrt(new_v[name] / (1 - beta2**step)) + eps)
         new[name] = p - lr * (direction + (decay * p if p.ndim > 1 else 0.0))
     return new, new_m, new_v, norm
+
+
+# ------------------------------------------------------------------------------------------------- FP8 (section 3.3)
+
+
+def quantise(x, tile, power_of_two=False):
+    """E4M3 numbers and the scale of each, in tiles of `tile` rows and columns counted from the first."""
+    x = np.asarray(x, np.float32)
+    scales = np.zeros(x.shape, np.float32)
+    for i in range(0, x.shape[0], tile[0]):
+        for j in range(0, x.shape[1], tile[1]):
+            part = np.s_[i : i + tile[0], j : j + tile[1]]
+            scale = np.float32(max(np.abs(x[part]).max(), np.float32(1e-4))) * np.float32(1 / 448)
+            scales[part] = 2.0 ** np.ceil(np.log2(float(scale))) if power_of_two else scale
+    values = np.clip(x * (np.float32(1) / scales), -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return values, scales
+
+
+def scaled_product(a, b):
+    """a [R, K] times b [N, K], each E4M3 numbers and their scales: every 128 products are summed, scaled and added."""
+    (a, a_scales), (b, b_scales) = a, b
+    total = np.zeros((len(a), len(b)))
+    for k in range(0, a.shape[1], 128):
+        products = a[:, k : k + 128].astype(float) @ b[:, k : k + 128].astype(float).T
+        total += products * np.outer(a_scales[:, k], np.ones(len(b))) * b_scales[:, k]
+    return total
+
+
+def fp8_linear(x, w, dy, power_of_two=False):
+    """y = x w and the gradients of x and w, whose three products are of E4M3 numbers; x [T, I], w [I, O], dy [T, O]."""
+    x8, w8, dy8 = quantise(x, (1, 128), power_of_two), quantise(w, (128, 128)), quantise(dy, (1, 128))
+    x_again = quantise(x8[0].astype(np.float32) * x8[1], (128, 1), power_of_two)
+    y = scaled_product(x8, turned(w8))
+    return y, scaled_product(dy8, w8), scaled_product(turned(x_again), turned(quantise(dy, (128, 1))))
+
+
+def turned(scaled):
+    """The transpose of E4M3 numbers and their scales."""
+    return scaled[0].T, scaled[1].T

@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec as P
 from moejax.config import ONE_DEVICE, MeshConfig
 from moejax.mesh import AXES, make_mesh
 from moejax.model.block import Block, run_block
-from moejax.ops.experts import swiglu
 from moejax.ops.linear import linear
 from moejax.ops.norm import rms_norm
+from moejax.ops.swiglu import swiglu
 from moejax.pipeline.backward import StageFunctions, _smallest_cut, flatten, num_bytes, trace_stage, variables
 
 EXPERT_4 = MeshConfig(data=1, expert=4, exchange_slack=8.0)  # slots for all tokens: one round

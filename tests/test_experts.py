@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moejax.ops.experts import grouped_dot, grouped_outer, routed_swiglu, sort_by_expert
+from moejax.ops.experts import routed_swiglu, sort_by_expert
+from moejax.ops.grouped import grouped_dot, grouped_outer
 
 D, F = 8, 4
 ROUTINGS = {
@@ -123,7 +124,7 @@ def test_rows_beyond_the_groups_give_zero_and_take_no_part():
     x = jnp.asarray(rng.normal(size=(100, D)), jnp.float32).at[60:].set(jnp.nan)
     w = jnp.asarray(rng.normal(size=(3, D, F)), jnp.float32)
     sizes = jnp.asarray([20, 0, 40])
-    y = grouped_dot(x, w, sizes)
+    y = grouped_dot(x, w, sizes, jnp.float32)
     np.testing.assert_array_equal(y[60:], 0)
     assert np.isfinite(y).all()
     dy = jnp.asarray(rng.normal(size=(100, F)), jnp.float32)
@@ -135,7 +136,9 @@ def test_cost_follows_the_rows_and_not_the_number_of_experts():
     """The products in the compiled program are of blocks of rows; none is of all rows, or has experts as a dim."""
     rows, experts = 2048, 16
     shapes = jax.ShapeDtypeStruct((rows, D), jnp.float32), jax.ShapeDtypeStruct((experts, D, F), jnp.float32)
-    jaxpr = jax.make_jaxpr(grouped_dot)(*shapes, jax.ShapeDtypeStruct((experts,), jnp.int32))
+    jaxpr = jax.make_jaxpr(lambda *a: grouped_dot(*a, jnp.float32))(
+        *shapes, jax.ShapeDtypeStruct((experts,), jnp.int32)
+    )
     products = [e.outvars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
     assert sorted(products) == [(64, F), (256, F)]
 

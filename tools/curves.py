@@ -1,11 +1,15 @@
-"""Loss curves of one config on one device and on a pipeline, and how far rounding alone takes two runs apart.
+"""How far loss curves of one config part that should be equal: on a pipeline, in FP8.
 
-    python tools/curves.py [--steps 100] [--out FOLDER] [CONFIG]
+    python tools/curves.py pipeline [--steps 100] [--out FOLDER] [CONFIG]
+    python tools/curves.py fp8 [--steps 2000] [--out FOLDER] [CONFIG]
 
-Three runs with the same data, seed and float32 arithmetic: one device; one device that adds up four micro-batches;
-DualPipe on pipe 4 x expert 2 simulated devices. The first two differ in the order of sums alone. A router's choice
-between two experts that are nearly equal turns a last bit into another path, so all curves part in time; the question
-is whether the third parts from the first sooner or further than the second does. A run that is there is not repeated.
+Three runs with the same data and seed each. The first two differ in the order of sums alone: one device, and one device
+that adds up four micro-batches. A router's choice between two experts that are nearly equal turns a last bit into
+another path, so all curves part in time; the question is whether the third parts from the first sooner or further than
+the second does. It is DualPipe on pipe 4 x expert 2 simulated devices, all in FP32; or FP8, where the others are BF16.
+
+Prints a table of the losses and of those smoothed as in section 3.3.4 of the V3 report (each step adds a tenth of
+itself), and draws the latter. A run that is there is not repeated.
 """
 
 import argparse
@@ -15,54 +19,96 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
-RUNS = {
-    "one device": (),
-    "one device, 4 micro-batches": ("--pipeline.microbatches", "4"),
-    "DualPipe, pipe 4 x expert 2": ("--simulate", "8", "--mesh.pipe", "4", "--mesh.expert", "2"),
+MICROBATCHES = ("--pipeline.microbatches", "4")
+SIMULATED = ("--simulate", "8", "--mesh.pipe", "4", "--mesh.expert", "2")
+COMPARISONS = {
+    "pipeline": {
+        "one device": ("--precision", "fp32"),
+        "one device, 4 micro-batches": ("--precision", "fp32", *MICROBATCHES),
+        "DualPipe, pipe 4 x expert 2": ("--precision", "fp32", *SIMULATED),
+    },
+    "fp8": {
+        "BF16": ("--precision", "bf16"),
+        "BF16, 4 micro-batches": ("--precision", "bf16", *MICROBATCHES),
+        "FP8": ("--precision", "fp8"),
+    },
 }
-QUIET = (
-    "--log.pictures-every",
-    "100000",
-    "--log.sample-tokens",
-    "0",
-    "--log.tensorboard",
-    "False",
-    "--precision",
-    "fp32",
-)
+QUIET = ("--log.pictures-every", "100000", "--log.sample-tokens", "0", "--log.tensorboard", "False")
+KEPT = 0.9  # of the smoothed loss, in a step
+PUBLISHED = 0.0025  # bound of the relative difference between FP8 and BF16
 
 
 def main() -> None:
-    """Trains what is missing, and prints the table."""
+    """Trains what is missing, prints the table, draws the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("config", nargs="?", default="configs/tiny.py")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
     options = parser.parse_args()
-    losses = {name: trained(options.config, options.steps, options.out, name) for name in RUNS}
+    runs = COMPARISONS[options.comparison]
+    losses = {name: trained(options.config, options.steps, options.out, name, words) for name, words in runs.items()}
+    smooth = {name: smoothed(loss) for name, loss in losses.items()}
     print(table(losses))
+    print("\nsmoothed\n")
+    print(table(smooth))
+    picture = options.out / "curves.png"
+    draw(smooth, PUBLISHED if options.comparison == "fp8" else None).savefig(picture, dpi=150)
+    print(f"\n{picture}")
 
 
-def trained(config: str, steps: int, out: Path, name: str) -> np.ndarray:
+def trained(config: str, steps: int, out: Path, name: str, words: tuple[str, ...]) -> np.ndarray:
     """The loss of every step of a run, float64 [steps]."""
     folder = out / name.replace(",", "").replace(" ", "_")
-    words = ["--steps", str(steps), "--out", str(folder), *QUIET, *RUNS[name]]
+    words = ("--steps", str(steps), "--out", str(folder), *QUIET, *words)
     subprocess.run([sys.executable, "-m", "moejax", "train", config, *words], check=True)
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([json.loads(line)["loss"] for line in lines])
+
+
+def smoothed(loss: np.ndarray) -> np.ndarray:
+    """The exponential moving average, of which the start is taken out."""
+    total, found = 0.0, []
+    for step, value in enumerate(loss, 1):
+        total = KEPT * total + (1 - KEPT) * value
+        found.append(total / (1 - KEPT**step))
+    return np.array(found)
 
 
 def table(losses: dict[str, np.ndarray]) -> str:
     """In Markdown: the largest relative difference to the first run, in spans of steps that double."""
     names, (first, *others) = list(losses), losses.values()
     ends = [5 * 2**i for i in range(20) if 5 * 2**i < len(first)] + [len(first)]
-    rows = [["steps", "loss", *names[1:]], ["---", *["---:"] * len(names)]]
+    rows = [["steps", f"loss, {names[0]}", *names[1:]], ["---", *["---:"] * len(names)]]
     for start, end in zip([0, *ends], ends, strict=False):
         span = slice(start, end)
-        apart = (np.abs(other - first)[span].max() / first[span].min() for other in others)
+        apart = (np.abs(other / first - 1)[span].max() for other in others)
         rows.append([f"{start + 1} to {end}", f"{first[end - 1]:.4f}", *(f"{value:.1e}" for value in apart)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw(losses: dict[str, np.ndarray], bound: float | None) -> Figure:
+    """The curves above, and below their relative differences to the first; `bound`: of the last one's."""
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    (first_name, first), *others = losses.items()
+    above.plot(range(1, len(first) + 1), first, color="black", linewidth=2, label=first_name)
+    for colour, (name, loss) in zip(("#6b7280", "#d9730d"), others, strict=True):
+        steps = range(1, len(loss) + 1)
+        above.plot(steps, loss, color=colour, linewidth=1, label=name)
+        below.plot(steps, 100 * (loss / first - 1), color=colour, linewidth=1, label=f"{name} against {first_name}")
+    if bound is not None:
+        below.axhspan(-100 * bound, 100 * bound, color="#2e8540", alpha=0.12, label=f"published bound, {bound:.2%}")
+    above.set_ylabel("smoothed loss (nats per token)")
+    below.set_ylabel("relative difference (%)")
+    below.set_xlabel("step")
+    for axes in (above, below):
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 if __name__ == "__main__":

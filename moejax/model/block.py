@@ -25,12 +25,16 @@ KEPT = (
 class Block(nnx.Module):
     """x + MLA(norm(x)), then x + FFN(norm(x)), where the FFN is dense or a mixture of experts."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, kind: Literal["dense", "moe"]):
+    def __init__(
+        self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, kind: Literal["dense", "moe"], fp8: bool = False
+    ):
         self.attention_norm = Norm(cfg.hidden_size, cfg.norm_eps)
-        self.attention = MLA(rngs, cfg)
+        self.attention = MLA(rngs, cfg, fp8)
         self.ffn_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.ffn: MLP | MoE = (
-            MoE(rngs, cfg, mesh) if kind == "moe" else MLP(rngs, cfg.hidden_size, cfg.dense_width, cfg.init_std)
+            MoE(rngs, cfg, mesh, fp8)
+            if kind == "moe"
+            else MLP(rngs, cfg.hidden_size, cfg.dense_width, cfg.init_std, fp8)
         )
 
     def __call__(
@@ -55,6 +59,7 @@ def stack(
     kind: Literal["dense", "moe"],
     num_layers: int,
     layer_of_slot: tuple[int, ...] | None = None,
+    fp8: bool = False,
 ) -> Block:
     """A block whose parameters have a leading dim of `num_layers`.
 
@@ -62,7 +67,7 @@ def stack(
     """
     keys = jax.random.split(rngs.params(), num_layers)
     keys = keys if layer_of_slot is None else keys[jnp.asarray(layer_of_slot)]
-    blocks = jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind))(keys)
+    blocks = jax.vmap(lambda key: Block(nnx.Rngs(params=key), cfg, mesh, kind, fp8))(keys)
     if layer_of_slot is None or min(layer_of_slot) >= 0:
         return blocks
     is_layer = jnp.asarray(layer_of_slot) >= 0

@@ -3,13 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moejax.model.shards import SHARDS, Gather, parameter, placed
-from moejax.ops.experts import swiglu
-from moejax.ops.linear import linear
+from moejax.ops.linear import feed_forward
 from moejax.ops.norm import rms_norm
 
 
@@ -34,11 +32,11 @@ class Norm(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). The gate's and up's columns stand side by side in one matrix."""
 
-    def __init__(self, rngs: nnx.Rngs, dim: int, width: int, std: float):
+    def __init__(self, rngs: nnx.Rngs, dim: int, width: int, std: float, fp8: bool = False):
         self.gate_up_DG = matrix(rngs, (dim, 2 * width), std, P(SHARDS, None))
         self.down_FD = matrix(rngs, (width, dim), std, P(None, SHARDS))
+        self.fp8 = fp8
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Position by position."""
-        hidden = checkpoint_name(linear(x, self.gate_up_DG[...]), "mlp_hidden")
-        return linear(swiglu(hidden), self.down_FD[...])
+        return feed_forward(x, self.gate_up_DG[...], self.down_FD[...], self.fp8)

@@ -21,7 +21,7 @@ from moejax.ops.rope import rotate, rotation, softmax_scale
 class MLA(nnx.Module):
     """Attention whose keys and values come from one compressed vector per token, plus one rotated key for all heads."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, fp8: bool = False):
         a, dim, std, eps = cfg.attention, cfg.hidden_size, cfg.init_std, cfg.norm_eps
         query = a.num_heads * (a.qk_nope_dim + a.qk_rope_dim)
         if a.q_lora_rank is None:
@@ -35,7 +35,7 @@ class MLA(nnx.Module):
         key_value = a.num_heads * (a.qk_nope_dim + a.v_dim)
         self.kv_up_CH = matrix(rngs, (a.kv_lora_rank, key_value), std, P(SHARDS, None))
         self.out_HD = matrix(rngs, (a.num_heads * a.v_dim, dim), std, P(None, SHARDS))
-        self.cfg = a
+        self.cfg, self.fp8 = a, fp8
 
     def __call__(
         self,
@@ -49,15 +49,15 @@ class MLA(nnx.Module):
         q_BSHK = self._queries(x_BSD, turn)
         k_BSHK, v_BSHV = self._keys_and_values(x_BSD, turn)
         mixed_BSHV = attention(q_BSHK, k_BSHK, v_BSHV, softmax_scale(a), segment_ids_BS, a.block)
-        return linear(mixed_BSHV.reshape(*x_BSD.shape[:2], -1), self.out_HD[...])
+        return linear(mixed_BSHV.reshape(*x_BSD.shape[:2], -1), self.out_HD[...], self.fp8, power_of_two=True)
 
     def _queries(self, x_BSD: Array, turn: tuple[Array, Array]) -> Float[Array, "B S H K"]:
         a = self.cfg
         if a.q_lora_rank is None:
-            q = linear(x_BSD, self.q_DH[...])
+            q = linear(x_BSD, self.q_DH[...], self.fp8)
         else:
-            latent = checkpoint_name(linear(x_BSD, self.q_down_DQ[...]), "q_latent")
-            q = linear(self.q_norm(latent), self.q_up_QH[...])
+            latent = checkpoint_name(linear(x_BSD, self.q_down_DQ[...], self.fp8), "q_latent")
+            q = linear(self.q_norm(latent), self.q_up_QH[...], self.fp8)
         q_BSHK = q.reshape(*x_BSD.shape[:2], a.num_heads, -1)
         plain_BSHN, rotary_BSHR = jnp.split(q_BSHK, [a.qk_nope_dim], axis=-1)
         return jnp.concatenate([plain_BSHN, rotate(rotary_BSHR, turn)], axis=-1)
@@ -66,9 +66,9 @@ class MLA(nnx.Module):
         self, x_BSD: Array, turn: tuple[Array, Array]
     ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H V"]]:
         a = self.cfg
-        compressed = checkpoint_name(linear(x_BSD, self.kv_down_DC[...]), "kv_latent")
+        compressed = checkpoint_name(linear(x_BSD, self.kv_down_DC[...], self.fp8), "kv_latent")
         latent_BSC, rotary_BSR = jnp.split(compressed, [a.kv_lora_rank], axis=-1)
-        kv = linear(self.kv_norm(latent_BSC), self.kv_up_CH[...]).reshape(*x_BSD.shape[:2], a.num_heads, -1)
+        kv = linear(self.kv_norm(latent_BSC), self.kv_up_CH[...], self.fp8).reshape(*x_BSD.shape[:2], a.num_heads, -1)
         plain_BSHN, v_BSHV = jnp.split(kv, [a.qk_nope_dim], axis=-1)
         shared_BS1R = rotate(rotary_BSR[:, :, None], turn)
         shared_BSHR = jnp.broadcast_to(shared_BS1R, (*shared_BS1R.shape[:2], a.num_heads, a.qk_rope_dim))

@@ -37,15 +37,15 @@ class BlockStats:
 class MoE(nnx.Module):
     """A gate, the routed experts it picks for each token, and experts that all tokens share."""
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, fp8: bool = False):
         m, dim, std = cfg.moe, cfg.hidden_size, cfg.init_std
         self.router_DE = matrix(rngs, (dim, m.num_experts), std, P(SHARDS, None), gather="fp32")
         self.router_bias = RouterBias(jnp.zeros((m.num_experts,), jnp.float32)) if m.gate == "noaux_tc" else None
         gate_up, down = (m.num_experts, dim, 2 * m.expert_width), (m.num_experts, m.expert_width, dim)
         self.gate_up_EDG = matrix(rngs, gate_up, std, P("expert", BESIDE_EXPERTS, None))
         self.down_EFD = matrix(rngs, down, std, P("expert", None, BESIDE_EXPERTS))
-        self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std) if m.num_shared else None
-        self.cfg, self.mesh = m, mesh
+        self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std, fp8) if m.num_shared else None
+        self.cfg, self.mesh, self.fp8 = m, mesh, fp8
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], BlockStats]:
         """Returns the sum of the shared and the chosen experts, and the load."""
@@ -55,7 +55,7 @@ class MoE(nnx.Module):
         ids_TK, weights_TK, scores_TE = route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
         mesh = self.mesh
-        exchange = plan_exchange(self.cfg, len(x_TD), mesh.expert, mesh.expert_nodes, mesh.exchange_slack)
+        exchange = plan_exchange(self.cfg, len(x_TD), mesh.expert, mesh.expert_nodes, mesh.exchange_slack, self.fp8)
         experts = self.gate_up_EDG[...], self.down_EFD[...]
         y_TD, rounds = exchanged_swiglu(x_TD, weights_TK, ids_TK, *experts, exchange)
         if self.shared is not None:

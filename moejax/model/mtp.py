@@ -21,11 +21,11 @@ class MTPModule(nnx.Module):
     released `eh_proj`, where the report's equation 21 writes the hidden state first.
     """
 
-    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig):
+    def __init__(self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, fp8: bool = False):
         self.embed_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.hidden_norm = Norm(cfg.hidden_size, cfg.norm_eps)
         self.join_2DD = matrix(rngs, (2 * cfg.hidden_size, cfg.hidden_size), cfg.init_std, P(SHARDS, None))
-        self.block = Block(rngs, cfg, mesh, "moe" if cfg.num_layers > cfg.num_dense_layers else "dense")
+        self.block = Block(rngs, cfg, mesh, "moe" if cfg.num_layers > cfg.num_dense_layers else "dense", fp8)
         self.norm = Norm(cfg.hidden_size, cfg.norm_eps)  # before the shared head
         self.remat = cfg.remat
 
@@ -38,13 +38,14 @@ class MTPModule(nnx.Module):
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         """Position i holds the hidden state of token i and the embedding of token i + depth."""
         joined_BSE = jnp.concatenate([self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
-        return run_block(self.block, linear(joined_BSE, self.join_2DD[...]), positions_BS, segment_ids_BS, self.remat)
+        x_BSD = linear(joined_BSE, self.join_2DD[...])  # never in FP8: the released checkpoint has it in BF16
+        return run_block(self.block, x_BSD, positions_BS, segment_ids_BS, self.remat)
 
 
-def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig) -> MTPModule:
+def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, fp8: bool = False) -> MTPModule:
     """The modules of all depths, with a leading dim of `cfg.mtp.depth`."""
     keys = jax.random.split(rngs.params(), cfg.mtp.depth)
-    return jax.vmap(lambda key: MTPModule(nnx.Rngs(params=key), cfg, mesh))(keys)
+    return jax.vmap(lambda key: MTPModule(nnx.Rngs(params=key), cfg, mesh, fp8))(keys)
 
 
 def module_at(modules: MTPModule | None, depth: int) -> MTPModule:

@@ -51,16 +51,24 @@ class Transformer(nnx.Module):
     """
 
     def __init__(
-        self, rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, layer_of_slot: tuple[int, ...] | None = None
+        self,
+        rngs: nnx.Rngs,
+        cfg: ModelConfig,
+        mesh: MeshConfig,
+        layer_of_slot: tuple[int, ...] | None = None,
+        fp8: bool = False,
     ):
-        """`layer_of_slot`: the MoE block in each place of their stack, -1 where it is empty; None: their own order."""
+        """`layer_of_slot`: the MoE block in each place of their stack, -1 where it is empty; None: their own order.
+
+        `fp8`: whether the linear layers of the blocks compute in FP8.
+        """
         dim, std, num_dense, num_moe = cfg.hidden_size, cfg.init_std, cfg.num_dense_layers, cfg.num_moe_layers
         self.embed_VD = matrix(rngs, (cfg.vocab_size, dim), std, P(None, SHARDS), gather="never")
-        self.dense_blocks = stack(rngs, cfg, mesh, "dense", num_dense) if num_dense else None
-        self.moe_blocks = stack(rngs, cfg, mesh, "moe", num_moe, layer_of_slot) if num_moe else None
+        self.dense_blocks = stack(rngs, cfg, mesh, "dense", num_dense, fp8=fp8) if num_dense else None
+        self.moe_blocks = stack(rngs, cfg, mesh, "moe", num_moe, layer_of_slot, fp8) if num_moe else None
         self.norm = Norm(dim, cfg.norm_eps)
         self.head_DV = matrix(rngs, (dim, cfg.vocab_size), std, P(None, SHARDS), gather="never")
-        self.mtp = stack_modules(rngs, cfg, mesh) if cfg.mtp.depth else None
+        self.mtp = stack_modules(rngs, cfg, mesh, fp8) if cfg.mtp.depth else None
         self.cfg, self.mesh = cfg, mesh
 
     def embed(self, tokens_BS: Int[Array, "B S"], dtype: DTypeLike) -> Float[Array, "B S D"]:

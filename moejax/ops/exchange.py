@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.ops.fp8 import ScaledRows, dequantise_rows, quantise_rows
 from moejax.ops.hops import Hop
-from moejax.ops.varying import vary_like
+from moejax.varying import vary_like
 
 
 class Visits(NamedTuple):
@@ -84,10 +85,21 @@ def _summed(rows_S: Array, slots: Slots) -> Array:
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
+def _to_experts(rows_SD: Array, hop: Hop) -> Array:
+    """In FP8 rows arrive as what their E4M3 numbers stand for, which BF16 holds exactly: scales are powers of two.
+
+    Quantising them again, here or after a further hop, changes nothing.
+    """
+    if not hop.fp8:
+        return _all_to_all(rows_SD, hop)
+    received = ScaledRows(*(_all_to_all(a, hop) for a in quantise_rows(rows_SD, power_of_two=True)))
+    return dequantise_rows(received).astype(rows_SD.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dispatch(x_TD: Float[Array, "T D"], slots: Slots, hop: Hop) -> Float[Array, "S D"]:
     """The rows that this device receives: slot c of those from source i is row `i * hop.slots + c`; 0 if empty."""
-    return _all_to_all(_filled(x_TD, slots), hop)
+    return _to_experts(_filled(x_TD, slots), hop)
 
 
 def _dispatch_backward(hop: Hop, slots: Slots, drows_SD: Array) -> tuple[Array, None]:
@@ -105,7 +117,7 @@ def combine(rows_SD: Float[Array, "S D"], slots: Slots, hop: Hop) -> Float[Array
 
 def _combine_backward(hop: Hop, saved: tuple[Array, Slots], dy_TD: Array) -> tuple[Array, None]:
     like, slots = saved
-    return _all_to_all(_filled(dy_TD.astype(like.dtype), slots), hop), None
+    return _to_experts(_filled(dy_TD.astype(like.dtype), slots), hop), None
 
 
 combine.defvjp(

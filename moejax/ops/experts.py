@@ -23,10 +23,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.varying import vary_like, zeros_varying
-
-_LARGE, _SMALL = 256, 64  # rows of a product inside a group, and at its end
-
+from moejax.ops.fp8 import ScaledColumns, ScaledRows, quantise_columns, quantise_rows
+from moejax.ops.grouped import grouped_dot, grouped_outer
+from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, weighted_swiglu, weighted_swiglu_gradient
+from moejax.varying import vary_like, zeros_varying
 
 # ------------------------------------------------------------------------------------------ to rows and back to tokens
 
@@ -67,9 +67,14 @@ def _for_passes(first: int, rows: _Rows, max_rows: int, body: Callable[[_Rows, A
     return lax.fori_loop(first, passes, lambda i, carry: body(_pass(rows, i, max_rows), carry), carry)
 
 
-def _rows(x_TD: Array, rows: _Rows) -> Float[Array, "R D"]:
-    """Each token's row, once for each of its experts, in the order of `sort_by_expert`."""
-    return x_TD[rows.order // rows.row.shape[1]]
+def _rows(x_TD: Array | ScaledRows, rows: _Rows) -> Any:
+    """Each token's row [R, D], once for each of its experts, in the order of `sort_by_expert`."""
+    return jax.tree.map(lambda a: a[rows.order // rows.row.shape[1]], x_TD)
+
+
+def _weights(weights_TK: Array, rows: _Rows) -> Float[Array, "R"]:
+    """The weight of the choice in each row."""
+    return weights_TK.reshape(-1)[rows.order]
 
 
 def _at(rows_R: Array, row: Array, rows: _Rows) -> Array:
@@ -84,112 +89,7 @@ def _sums(rows_RD: Array, rows: _Rows) -> Float[Array, "T D"]:
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
-# ----------------------------------------------------------------------------------------------------- grouped products
-
-
-def _for_blocks(start: Array, size: Array, num_rows: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`carry` after `body(carry, offset, rows, own)` for blocks of rows that cover `size` rows from `start`.
-
-    `own` says which rows of a block are in the group and not in an earlier block; None: all. Only the small blocks at
-    the end of a group have others.
-    """
-    large, small = min(_LARGE, num_rows), min(_SMALL, num_rows)
-    whole = size // large
-    carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * large, large, None), carry)
-    rest, end = start + whole * large, start + size
-
-    def at_the_end(i: Array, carry: Any) -> Any:
-        wanted = rest + i * small
-        offset = jnp.minimum(wanted, num_rows - small)
-        place = offset + jnp.arange(small)
-        return body(carry, offset, small, ((place >= wanted) & (place < end))[:, None])
-
-    return lax.fori_loop(0, -(-(end - rest) // small), at_the_end, carry)
-
-
-def _starts(sizes_E: Array) -> Array:
-    return jnp.cumsum(sizes_E) - sizes_E
-
-
-def grouped_dot(
-    x_RI: Float[Array, "R I"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
-) -> Float[Array, "R O"]:
-    """Each row times its expert's matrix, in `x`'s dtype.
-
-    The first `sizes_E[0]` rows are expert 0's, and so on; rows beyond the last group give 0.
-    """
-    return _grouped_dot(x_RI, w_EIO, sizes_E, transposed=False)
-
-
-def grouped_dot_transposed(
-    dy_RO: Float[Array, "R O"], w_EIO: Float[Array, "E I O"], sizes_E: Int[Array, "E"]
-) -> Float[Array, "R I"]:
-    """Each row times the transpose of its expert's matrix: the gradient of `grouped_dot`'s rows."""
-    return _grouped_dot(dy_RO, w_EIO, sizes_E, transposed=True)
-
-
-def _grouped_dot(x: Array, w: Array, sizes_E: Array, transposed: bool) -> Array:
-    def expert(y: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        w, start, size = group
-        w = (w.T if transposed else w).astype(x.dtype)
-
-        def block(y: Array, offset: Array, rows: int, own: Array | None) -> Array:
-            product = lax.dynamic_slice_in_dim(x, offset, rows) @ w
-            if own is not None:
-                product = jnp.where(own, product, lax.dynamic_slice_in_dim(y, offset, rows))
-            return lax.dynamic_update_slice_in_dim(y, product, offset, 0)
-
-        return _for_blocks(start, size, x.shape[0], block, y), None
-
-    columns = w.shape[1] if transposed else w.shape[2]
-    nothing = vary_like(zeros_varying((x.shape[0], columns), x.dtype, x), w)
-    return lax.scan(expert, nothing, (w, _starts(sizes_E), sizes_E))[0]
-
-
-def grouped_outer(
-    x_RI: Float[Array, "R I"], dy_RO: Float[Array, "R O"], sizes_E: Int[Array, "E"]
-) -> Float[Array, "E I O"]:
-    """x^T dy of each group, float32: the gradient of `grouped_dot`'s matrices; exactly 0 for an empty group."""
-
-    def expert(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
-        start, size = group
-
-        def block(dw: Array, offset: Array, rows: int, own: Array | None) -> Array:
-            x, dy = (lax.dynamic_slice_in_dim(a, offset, rows) for a in (x_RI, dy_RO))
-            if own is not None:
-                x, dy = jnp.where(own, x, 0), jnp.where(own, dy, 0)
-            return dw + jnp.einsum("ri,ro->io", x, dy, preferred_element_type=jnp.float32)
-
-        nothing = zeros_varying((x_RI.shape[1], dy_RO.shape[1]), jnp.float32, dy_RO)
-        return None, _for_blocks(start, size, x_RI.shape[0], block, nothing)
-
-    return lax.scan(expert, None, (_starts(sizes_E), sizes_E))[1]
-
-
 # -------------------------------------------------------------------------------------------------------------- SwiGLU
-
-
-@jax.custom_vjp
-def swiglu(h: Float[Array, "*R G"]) -> Float[Array, "*R F"]:
-    """silu(first half) * second half; computed in float32, in `h`'s dtype. The backward pass keeps `h` only."""
-    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(h.dtype)
-
-
-def _swiglu_gradient(h: Array, du: Array) -> Array:
-    gate, up = jnp.split(h.astype(jnp.float32), 2, axis=-1)
-    du = du.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    silu = gate * sigmoid
-    return jnp.concatenate([du * up * (sigmoid + silu * (1 - sigmoid)), du * silu], axis=-1).astype(h.dtype)
-
-
-swiglu.defvjp(lambda h: (swiglu(h), h), lambda h, du: (_swiglu_gradient(h, du),))
-
-
-def _weighted_swiglu(h: Array, weights_TK: Array, rows: _Rows) -> Array:
-    weights_R = weights_TK.reshape(-1)[rows.order]
-    return (swiglu(h).astype(jnp.float32) * weights_R[:, None]).astype(h.dtype)
 
 
 def routed_swiglu(
@@ -202,6 +102,7 @@ def routed_swiglu(
     sizes_E: Int[Array, "E"],
     max_rows: int | None = None,
     keep: bool = True,
+    fp8: bool = False,
 ) -> Float[Array, "T D"]:
     """The sum over each token's K choices of the choice's weight times the SwiGLU of its expert.
 
@@ -212,77 +113,104 @@ def routed_swiglu(
 
     With `max_rows` no product has more rows than that; what is over comes in further passes, of which the backward
     pass keeps nothing. `keep=False`: nothing of the first either (all passes are in the loop; less to compile).
+
+    With `fp8` all products are of E4M3 numbers (`fp8.py`), and the backward pass keeps those. The scales of tokens and
+    of results' gradients, which travel between devices, are powers of two.
     """
     bound = order_R.size if max_rows is None else min(max_rows, order_R.size)
     rows = _Rows(order_R, row_TK, sizes_E)
-    return _routed_swiglu(x_TD, weights_TK, gate_up_EDG, down_EFD, rows, bound, keep or bound == order_R.size)
+    return _routed_swiglu(x_TD, weights_TK, gate_up_EDG, down_EFD, rows, bound, keep or bound == order_R.size, fp8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _routed_swiglu(
-    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool
+    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool, fp8: bool
 ) -> Array:
-    return _swiglu_forward(x, weights, gate_up, down, rows, max_rows, keep)[0]
-
-
-def _hidden(x: Array, gate_up: Array, rows: _Rows) -> Array:
-    return grouped_dot(_rows(x, rows), gate_up, rows.sizes)
+    return _swiglu_forward(x, weights, gate_up, down, rows, max_rows, keep, fp8)[0]
 
 
 def _swiglu_forward(
-    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool
+    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool, fp8: bool
 ) -> tuple[Array, tuple]:
-    def output(h: Array, rows: _Rows) -> Array:
-        return _sums(grouped_dot(_weighted_swiglu(h, weights, rows), down, rows.sizes), rows)
+    dtype = x.dtype
+    tokens = quantise_rows(x, power_of_two=True) if fp8 else x
 
-    h = None
+    def hidden(rows: _Rows) -> Array:
+        return grouped_dot(_rows(tokens, rows), gate_up, rows.sizes, dtype)
+
+    def output(h: Array, rows: _Rows) -> tuple[Array, Array | ScaledRows]:
+        weights_R = _weights(weights, rows)
+        u, kept = scaled_swiglu(h, weights_R) if fp8 else (weighted_swiglu(h, weights_R), h)
+        return _sums(grouped_dot(u, down, rows.sizes, dtype), rows), kept
+
+    kept = None
     if keep:
         first = _pass(rows, 0, max_rows)
-        h = checkpoint_name(_hidden(x, gate_up, first), "expert_hidden")
-        y = output(h, first)
+        y, kept = output(hidden(first), first)
+        kept = checkpoint_name(kept, "expert_hidden")
     else:
         y = zeros_varying(x.shape, jnp.float32, x)
-    y = _for_passes(int(keep), rows, max_rows, lambda rows, y: y + output(_hidden(x, gate_up, rows), rows), y)
-    return y.astype(x.dtype), (x, weights, h, gate_up, down, rows)
+    y = _for_passes(int(keep), rows, max_rows, lambda rows, y: y + output(hidden(rows), rows)[0], y)
+    return y.astype(dtype), (tokens, weights, kept, gate_up, down, rows)
 
 
-def _swiglu_backward(max_rows: int, keep: bool, saved: tuple, dy_TD: Array) -> tuple[Array, Array, Array, Array, None]:
+class _Backward(NamedTuple):
+    """What the gradients of tokens and of experts are made from, in the rows of a pass."""
+
+    dy: Array | ScaledRows  # the results' gradients
+    dh: Array | ScaledRows  # those of the product before the activation, as a factor of the tokens' gradient
+    dh_outer: Array | ScaledColumns  # and of the experts'
+    u: Array | ScaledColumns  # the activation
+    dweights: Array
+
+
+def _swiglu_backward(
+    max_rows: int, keep: bool, fp8: bool, saved: tuple, dy_TD: Array
+) -> tuple[Array, Array, Array, Array, None]:
     """The tokens' gradients and the experts' do not wait for each other, so that a pipeline can defer the latter."""
-    x, weights, h, gate_up, down, rows = saved
+    tokens, weights, kept, gate_up, down, rows = saved
+    dtype = dy_TD.dtype
+    results = quantise_rows(dy_TD, power_of_two=True) if fp8 else dy_TD
 
-    def of_hidden(h: Array, rows: _Rows) -> tuple[Array, Array, Array]:
-        dy = _rows(dy_TD, rows)
-        du = grouped_dot_transposed(dy, down, rows.sizes).astype(jnp.float32)
-        dweights_R = (du * swiglu(h).astype(jnp.float32)).sum(-1)
-        return dy, _swiglu_gradient(h, du * weights.reshape(-1)[rows.order][:, None]), dweights_R
+    def again(rows: _Rows) -> Array | ScaledRows:
+        h = grouped_dot(_rows(tokens, rows), gate_up, rows.sizes, dtype)
+        return quantise_rows(h) if fp8 else h
 
-    def of_tokens(dh: Array, dweights_R: Array, rows: _Rows) -> tuple[Array, Array]:
-        dx = _sums(grouped_dot_transposed(dh, gate_up, rows.sizes), rows)
-        return dx, _at(dweights_R, rows.row, rows)
+    def back(kept: Any, rows: _Rows) -> _Backward:
+        dy, weights_R = _rows(results, rows), _weights(weights, rows)
+        du = grouped_dot(dy, down, rows.sizes, dtype, transposed=True)
+        if fp8:
+            return _Backward(dy, *scaled_swiglu_gradient(kept, weights_R, du, rows.sizes))
+        dh, dweights_R = weighted_swiglu_gradient(kept, weights_R, du)
+        return _Backward(dy, dh, dh, weighted_swiglu(kept, weights_R), dweights_R)
 
-    def of_experts(h: Array, dy: Array, dh: Array, rows: _Rows) -> tuple[Array, Array]:
-        ddown = grouped_outer(_weighted_swiglu(h, weights, rows), dy, rows.sizes)
-        return grouped_outer(_rows(x, rows), dh, rows.sizes), ddown
+    def of_tokens(back: _Backward, rows: _Rows) -> tuple[Array, Array]:
+        dx = _sums(grouped_dot(back.dh, gate_up, rows.sizes, dtype, transposed=True), rows)
+        return dx, _at(back.dweights, rows.row, rows)
+
+    def factor(rows_RD: Array | ScaledRows, sizes_E: Array) -> Any:
+        return quantise_columns(rows_RD, sizes_E, power_of_two=True) if fp8 else rows_RD
+
+    def of_experts(back: _Backward, rows: _Rows) -> tuple[Array, Array]:
+        x, dy = factor(_rows(tokens, rows), rows.sizes), factor(back.dy, rows.sizes)
+        return grouped_outer(x, back.dh_outer, rows.sizes), grouped_outer(back.u, dy, rows.sizes)
 
     def add_tokens(rows: _Rows, sums: tuple) -> tuple:
-        _, dh, dweights_R = of_hidden(_hidden(x, gate_up, rows), rows)
-        return jax.tree.map(jnp.add, sums, of_tokens(dh, dweights_R, rows))
+        return jax.tree.map(jnp.add, sums, of_tokens(back(again(rows), rows), rows))
 
     def add_experts(rows: _Rows, sums: tuple) -> tuple:
-        h = _hidden(x, gate_up, rows)
-        dy, dh, _ = of_hidden(h, rows)
-        return jax.tree.map(jnp.add, sums, of_experts(h, dy, dh, rows))
+        return jax.tree.map(jnp.add, sums, of_experts(back(again(rows), rows), rows))
 
     if keep:
         first = _pass(rows, 0, max_rows)
-        dy, dh, dweights_R = of_hidden(h, first)
-        tokens, experts = of_tokens(dh, dweights_R, first), of_experts(h, dy, dh, first)
+        made = back(kept, first)
+        of_first = of_tokens(made, first), of_experts(made, first)
     else:
-        zeros = [zeros_varying(a.shape, jnp.float32, a) for a in (x, weights, gate_up, down)]
-        tokens, experts = (zeros[0], zeros[1]), (zeros[2], zeros[3])
-    dx, dweights = _for_passes(int(keep), rows, max_rows, add_tokens, tokens)
-    dgate_up, ddown = _for_passes(int(keep), rows, max_rows, add_experts, experts)
-    return dx.astype(x.dtype), dweights, dgate_up, ddown, None
+        zeros = [zeros_varying(a.shape, jnp.float32, a) for a in (dy_TD, weights, gate_up, down)]
+        of_first = (zeros[0], zeros[1]), (zeros[2], zeros[3])
+    dx, dweights = _for_passes(int(keep), rows, max_rows, add_tokens, of_first[0])
+    dgate_up, ddown = _for_passes(int(keep), rows, max_rows, add_experts, of_first[1])
+    return dx.astype(dtype), dweights, dgate_up, ddown, None
 
 
 _routed_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -23,6 +23,7 @@ class Hop:
     destinations: int  # devices in a group
     slots: int  # rows that travel per pair of devices and round
     groups: tuple[tuple[int, ...], ...] | None = None  # indices on the axis, in order; None: one group of all
+    fp8: bool = False  # whether what goes to experts travels in FP8: tokens, and the gradients of results
 
     @property
     def rows(self) -> int:
@@ -36,10 +37,17 @@ class Exchange:
 
     hops: tuple[Hop, ...] = ()
     max_rows: int | None = None  # None: all
+    fp8: bool = False  # whether the experts compute in FP8
 
 
 def plan_exchange(
-    cfg: MoEConfig, num_tokens: int, axis_size: int, nodes: int = 1, slack: float = 1.25, axis: str = "expert"
+    cfg: MoEConfig,
+    num_tokens: int,
+    axis_size: int,
+    nodes: int = 1,
+    slack: float = 1.25,
+    fp8: bool = False,
+    axis: str = "expert",
 ) -> Exchange:
     """The exchange of `num_tokens` tokens per device over `axis`, whose devices hold equal shares of the experts.
 
@@ -51,7 +59,7 @@ def plan_exchange(
     can receive.
     """
     if axis_size == 1:
-        return Exchange()
+        return Exchange(fp8=fp8)
     inside = axis_size // nodes
     per_device = num_tokens * visit_probability(cfg, axis_size)
     if 1 < nodes < axis_size:
@@ -59,11 +67,14 @@ def plan_exchange(
         across = tuple(tuple(range(i, axis_size, inside)) for i in range(inside))
         within = tuple(tuple(range(i, i + inside)) for i in range(0, axis_size, inside))
         forwarded = _sized(slack * nodes * per_device, nodes * per_node)
-        hops: tuple[Hop, ...] = (Hop(axis, nodes, per_node, across), Hop(axis, inside, forwarded, within))
+        hops: tuple[Hop, ...] = (
+            Hop(axis, nodes, per_node, across, fp8),
+            Hop(axis, inside, forwarded, within, fp8),
+        )
     else:
-        hops = (Hop(axis, axis_size, _sized(slack * per_device, num_tokens)),)
+        hops = (Hop(axis, axis_size, _sized(slack * per_device, num_tokens), fp8=fp8),)
     received = hops[-1].rows * min(cfg.top_k, cfg.num_experts // axis_size)
-    return Exchange(hops, _sized(slack * num_tokens * cfg.top_k, received))
+    return Exchange(hops, _sized(slack * num_tokens * cfg.top_k, received), fp8)
 
 
 def visit_probability(cfg: MoEConfig, destinations: int) -> float:

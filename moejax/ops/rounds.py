@@ -22,7 +22,7 @@ from moejax.ops.exchange import Visits, assign_slots, combine, dispatch, dispatc
 from moejax.ops.experts import routed_swiglu, sort_by_expert
 from moejax.ops.hops import Exchange
 from moejax.ops.routing import expert_counts
-from moejax.ops.varying import vary_over, zeros_varying
+from moejax.varying import vary_over, zeros_varying
 
 
 class _Choices(NamedTuple):
@@ -53,7 +53,8 @@ def exchanged_swiglu(
     """
     if not exchange.hops:
         sizes_E = expert_counts(ids_TK, gate_up_eDG.shape[0])
-        y_TD = routed_swiglu(x_TD, weights_TK, gate_up_eDG, down_eFD, *sort_by_expert(ids_TK), sizes_E)
+        rows = *sort_by_expert(ids_TK), sizes_E
+        y_TD = routed_swiglu(x_TD, weights_TK, gate_up_eDG, down_eFD, *rows, fp8=exchange.fp8)
         return y_TD, jnp.ones((0,), jnp.int32)
     arrays = (x_TD, weights_TK, ids_TK, gate_up_eDG, down_eFD)
     axes = {exchange.hops[0].axis}.union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
@@ -67,7 +68,7 @@ def _exchanged(
 ) -> tuple[Array, tuple[Array, ...]]:
     """The tokens' results, and the rounds of each hop left. `keep=False`: the backward pass keeps nothing."""
     if not exchange.hops:
-        return _local(x, weights, experts, ids, exchange.max_rows, keep), ()
+        return _local(x, weights, experts, ids, exchange, keep), ()
     hop = exchange.hops[0]
     visits, most = find_visits(ids, _experts_each(experts, exchange), hop.destinations)
     if hop.slots >= x.shape[0]:
@@ -88,12 +89,11 @@ def _experts_each(experts: tuple[Array, Array], exchange: Exchange) -> int:
     return each
 
 
-def _local(
-    x: Array, weights: Array, experts: tuple[Array, Array], ids: Array, max_rows: int | None, keep: bool
-) -> Array:
+def _local(x: Array, weights: Array, experts: tuple[Array, Array], ids: Array, exchange: Exchange, keep: bool) -> Array:
     num_experts = experts[0].shape[0]
     order_R, row_TK = sort_by_expert(jnp.where(ids < 0, num_experts, ids))
-    return routed_swiglu(x, weights, *experts, order_R, row_TK, expert_counts(ids, num_experts), max_rows, keep)
+    rows = order_R, row_TK, expert_counts(ids, num_experts)
+    return routed_swiglu(x, weights, *experts, *rows, exchange.max_rows, keep, exchange.fp8)
 
 
 def _round(

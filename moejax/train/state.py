@@ -41,7 +41,8 @@ class TrainState:
 def new_transformer(config: RunConfig) -> Transformer:
     """The model with the parameters that `config.seed` draws, the same on any mesh; for use under `jax.jit`."""
     rngs, mesh = nnx.Rngs(params=jax.random.key(config.seed)), mesh_of_extras(config.mesh)
-    return Transformer(rngs, config.model, mesh, layer_of_slot(config) if mesh.pipe > 1 else None)
+    slots = layer_of_slot(config) if mesh.pipe > 1 else None
+    return Transformer(rngs, config.model, mesh, slots, config.precision == "fp8")
 
 
 def layer_of_slot(config: RunConfig) -> tuple[int, ...]:

@@ -1,0 +1,43 @@
+"""Whole training steps, with the kernels that a GPU would run, compiled for an H200 that need not be there."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax import load_config
+from moejax.data.batches import Batch
+from moejax.mesh import BATCH_AXES, make_mesh, resolve
+from moejax.plan.collectives import arrays
+from moejax.plan.hopper import h200_devices
+from moejax.train.state import abstract_state
+from moejax.train.step import StepSettings, make_train_step
+
+GB = 1e9
+
+
+def compiled_step(config):
+    """The step of a run on one device."""
+    config = resolve(config, 1)
+    mesh = make_mesh(config.mesh, list(h200_devices(1)))
+    shape, rows = (config.data.batch_size, config.data.sequence_length + 1), NamedSharding(mesh, P(BATCH_AXES))
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for dtype in (jnp.int32, jnp.int32, jnp.bool_)))
+    settings = StepSettings(*map(np.float32, (1e-3, 1e-3, 0.3)))
+    return make_train_step(config, mesh).lower(abstract_state(config, mesh), batch, settings).compile()
+
+
+@pytest.mark.hopper
+@pytest.mark.parametrize(("precision", "kernels"), [("bf16", 20), ("fp8", 200)])
+def test_small_moe_fits_and_has_no_dense_grouped_product(precision, kernels, no_cache):
+    config = load_config("configs/small_moe.py", ["--precision", precision])
+    step = compiled_step(config)
+    memory, text = step.memory_analysis(), step.as_text()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 80 * GB
+    assert len(re.findall('custom_call_target="triton_kernel_call', text)) >= kernels
+    products = [line for line in text.splitlines() if " dot(" in line or 'custom_call_target="__cublas' in line]
+    dims = [dims for line in products for dims, _ in arrays(line.split("metadata")[0])]
+    assert dims and not [found for found in dims if len(found) > 2 and found[0] == config.model.moe.num_experts]
