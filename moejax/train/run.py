@@ -16,6 +16,7 @@ from moejax.checkpoint.manager import Checkpoints
 from moejax.config import RunConfig
 from moejax.data.batches import Batch
 from moejax.data.dataset import Data
+from moejax.kernels.launch import available
 from moejax.model.count import abstract_model, active_per_token, num_parameters
 from moejax.report.pictures import draw_pictures
 from moejax.serve.load import from_state
@@ -84,6 +85,8 @@ class Run:
             f"{config.name}: {total:,} parameters, {active:,} of them per token; {config.precision} on "
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; peak {self.peak / 1e12:.3g} TFLOP/s"
         )
+        if jax.default_backend() == "gpu" and not available():
+            logger.warning("no Triton kernels: grouped products and FP8 run in plain JAX; pip install 'moejax[cuda]'")
         if lengths:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             logger.info(f"mesh: {lengths}{processes}; {config.mesh.sharding}")
