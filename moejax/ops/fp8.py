@@ -101,6 +101,23 @@ def quantise_columns(
     return by_platform(kernel, plain, x_RI, sizes_E)
 
 
+def quantise_both(
+    x_RI: Float[Array, "R I"], sizes_E: Int[Array, "E"] | None, power_of_two: bool = False
+) -> tuple[ScaledRows, ScaledColumns]:
+    """Rows and columns, which a kernel makes in one read; rows beyond the groups may be anything."""
+
+    def plain(x: Array, sizes: Array | None) -> tuple[ScaledRows, ScaledColumns]:
+        return quantise_rows(x, power_of_two), quantise_columns(x, sizes, power_of_two)
+
+    def kernel(x: Array, sizes: Array | None) -> tuple[ScaledRows, ScaledColumns]:
+        from moejax.kernels import quantise
+
+        rows, columns = quantise.quantise_both(x, one_group(sizes, len(x)), power_of_two)
+        return ScaledRows(*rows), ScaledColumns(*columns)
+
+    return by_platform(kernel, plain, x_RI, sizes_E)
+
+
 def dequantise_columns(x: ScaledColumns) -> Float[Array, "I T"]:
     """What `quantise_columns` stands for, float32, T = M * 128."""
     return x.values.astype(jnp.float32) * jnp.repeat(x.scales.T, TILE, axis=1)

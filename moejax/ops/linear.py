@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moejax.ops.fp8 import ScaledRows, quantise_columns, quantise_rows
+from moejax.ops.fp8 import ScaledRows, quantise_both, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, swiglu
 from moejax.varying import vary_like
@@ -83,9 +83,9 @@ def _scaled_linear_forward(x: Array, w: Array, power_of_two: bool) -> tuple[Arra
 
 def _scaled_linear_backward(power_of_two: bool, saved: tuple[ScaledRows, Array], dy: Array) -> tuple[Array, Array]:
     x_TI, w = saved
-    dy_TO = _flat(dy)
-    dx_TI = grouped_dot(quantise_rows(dy_TO), w[None], None, dy.dtype, transposed=True)
-    dw = grouped_outer(quantise_columns(x_TI, None, power_of_two), quantise_columns(dy_TO, None), None)
+    dy_TO, dy_columns = quantise_both(_flat(dy), None)
+    dx_TI = grouped_dot(dy_TO, w[None], None, dy.dtype, transposed=True)
+    dw = grouped_outer(quantise_columns(x_TI, None, power_of_two), dy_columns, None)
     return dx_TI.reshape(*dy.shape[:-1], -1), dw[0].astype(w.dtype)
 
 
@@ -107,11 +107,11 @@ def _scaled_feed_forward_forward(x: Array, gate_up: Array, down: Array) -> tuple
 
 def _scaled_feed_forward_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array]:
     x_TD, kept, gate_up, down = saved
-    dy_TD = _flat(dy)
-    du_TF = grouped_dot(quantise_rows(dy_TD), down[None], None, dy.dtype, transposed=True)
+    dy_TD, dy_columns = quantise_both(_flat(dy), None)
+    du_TF = grouped_dot(dy_TD, down[None], None, dy.dtype, transposed=True)
     dh, dh_columns, u_columns, _ = scaled_swiglu_gradient(kept, _ones(du_TF), du_TF, None)
     dx_TD = grouped_dot(dh, gate_up[None], None, dy.dtype, transposed=True)
-    ddown = grouped_outer(u_columns, quantise_columns(dy_TD, None), None)[0]
+    ddown = grouped_outer(u_columns, dy_columns, None)[0]
     dgate_up = grouped_outer(quantise_columns(x_TD, None), dh_columns, None)[0]
     return dx_TD.reshape(dy.shape), dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype)
 
