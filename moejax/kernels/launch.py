@@ -16,7 +16,13 @@ HOPPER = 90  # compute capability
 
 @functools.cache
 def available() -> bool:
-    """Whether Triton and jax-triton are installed, and can be imported: jax-triton needs JAX's plugin for CUDA."""
+    """Whether Triton and jax-triton are installed, and can be imported: jax-triton needs JAX's plugin for CUDA.
+
+    Where there are GPUs of another kind than Hopper the answer is no: programs for it do not run on them.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "gpu" and float(device.compute_capability) * 10 != HOPPER:
+        return False
     if not all(importlib.util.find_spec(name) for name in ("triton", "jax_triton")):
         return False
     try:

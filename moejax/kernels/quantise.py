@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.kernels.launch import launch
 from moejax.kernels.sizes import TILE
-from moejax.kernels.tiles import row_tiles
+from moejax.kernels.tiles import column_tiles, row_tiles
 
 E4M3 = jnp.float8_e4m3fn
 Tiles = tuple[Array, Array]  # values E4M3, scales float32
@@ -81,11 +81,6 @@ def quantise_blocks(w_EIO: Float[Array, "E I O"], transposed: bool = False) -> T
     )
 
 
-def num_column_tiles(rows: int, sizes_E: Int[Array, "E"]) -> int:
-    """As many as groups of any sizes can need."""
-    return (rows + (TILE - 1) * sizes_E.size) // TILE
-
-
 def rows_shape(rows: int, width: int) -> tuple[ShapeDtypeStruct, ShapeDtypeStruct]:
     """Of values and scales."""
     return ShapeDtypeStruct((rows, width), E4M3), ShapeDtypeStruct((rows, triton.cdiv(width, TILE)), jnp.float32)
@@ -101,7 +96,7 @@ def _by_tile(
 ) -> Any:
     """Rows of the shapes `rows`, and columns, by a program for each 128 rows of a group x 128."""
     (num_rows, width), tiles = arrays[0].shape, row_tiles(sizes_E, arrays[0].shape[0], TILE)
-    count = num_column_tiles(num_rows, sizes_E)
+    count = column_tiles(sizes_E, num_rows, TILE).expert.size
     return launch(
         kernel,
         *arrays,

@@ -21,7 +21,6 @@ from moejax.kernels.quantise import (
     load,
     load_block,
     load_rows,
-    num_column_tiles,
     quantise_both,
     quantise_columns,
     quantise_rows,
@@ -32,7 +31,7 @@ from moejax.kernels.quantise import (
     store_rows,
 )
 from moejax.kernels.sizes import TILE
-from moejax.kernels.tiles import row_tiles
+from moejax.kernels.tiles import column_tiles, row_tiles
 
 _TILES = 16  # of 1 x 128, a program of the kernels that go row by row
 
@@ -79,7 +78,7 @@ def swiglu_gradient_tiles(
     (rows, width), tiles = du_RF.shape, row_tiles(sizes_E, du_RF.shape[0], TILE)
     if width % TILE:
         return _gradient_in_passes(h, du_RF, weights_R, sizes_E)
-    count, parts = num_column_tiles(rows, sizes_E), triton.cdiv(width, TILE)
+    count, parts = column_tiles(sizes_E, rows, TILE).expert.size, triton.cdiv(width, TILE)
     *dh, dweights_CR = launch(
         _gradient_tiles_kernel,
         *h,

@@ -37,6 +37,12 @@ def row_tiles(sizes_E: Int[Array, "E"], num_rows: int, rows_per_tile: int) -> Ro
     return RowTiles(jnp.where(group_N < num_experts, group_N, -1).astype(jnp.int32), start_N, end_N)
 
 
+def column_tiles(sizes_E: Int[Array, "E"], num_rows: int, rows_per_tile: int) -> RowTiles:
+    """The tiles of experts alone, with -1 for those left over: as many as groups of any sizes can need."""
+    most = (num_rows + (rows_per_tile - 1) * sizes_E.shape[0]) // rows_per_tile
+    return RowTiles(*(array[:most] for array in row_tiles(sizes_E, num_rows, rows_per_tile)))
+
+
 def num_tiles(sizes_E: Int[Array, "E"], rows_per_tile: int) -> Int[Array, "E"]:
     """How many tiles each group has."""
     return -(-sizes_E // rows_per_tile)

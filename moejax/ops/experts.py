@@ -1,16 +1,13 @@
 """Routed experts: rows sorted by expert, one SwiGLU over the ragged groups, rows summed back to their tokens.
 
 The weight of a token's choice is multiplied inside the SwiGLU, so that summing back needs no weights and the backward
-pass no outputs (as in DeepSeek's own kernels). Three grouped products carry the work (forward, input gradient, weight
-gradient); each is a function on which a GPU kernel can stand. Their cost follows the rows, not the number of experts,
-and an empty group has a gradient of exactly 0.
+pass no outputs (as in DeepSeek's own kernels). The work is in grouped products (`grouped.py`).
 
 Where most choices are absent (tokens that came from other devices for one or two of this device's experts), rows are
 bounded: present choices are sorted to the front and worked on in passes of so many rows. The first pass stands by
 itself and keeps what its backward pass needs; further ones run only if there are rows left, and are computed again.
 
-T tokens, K experts per token, R = T * K rows (or those of a pass), E experts, D model dim, F expert width, G = 2 * F,
-I and O dims of one product.
+T tokens, K experts per token, R = T * K rows (or those of a pass), E experts, D model dim, F expert width, G = 2 * F.
 """
 
 import functools

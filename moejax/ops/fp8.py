@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.tiles import column_tiles
 from moejax.ops.platform import by_platform
 
 TILE = 128
@@ -104,7 +105,7 @@ def quantise_columns(
 def quantise_both(
     x_RI: Float[Array, "R I"], sizes_E: Int[Array, "E"] | None, power_of_two: bool = False
 ) -> tuple[ScaledRows, ScaledColumns]:
-    """Rows and columns, which a kernel makes in one read; rows beyond the groups may be anything."""
+    """Rows and columns, which a kernel makes in one read; beyond the groups rows are undefined, and columns are none."""
 
     def plain(x: Array, sizes: Array | None) -> tuple[ScaledRows, ScaledColumns]:
         return quantise_rows(x, power_of_two), quantise_columns(x, sizes, power_of_two)
@@ -165,14 +166,10 @@ def _tiled(x: Array, dim: int) -> Array:
 
 def _tiles_of_experts(x_RI: Array, sizes_E: Array) -> Array:
     """[M, 128, I], M depending on shapes alone; 0 where a tile has no row."""
-    tiles_E, ends_E = -(-sizes_E // TILE), jnp.cumsum(sizes_E)
-    last_tile_E = jnp.cumsum(tiles_E)
-    number_M = jnp.arange((len(x_RI) + (TILE - 1) * len(sizes_E)) // TILE)
-    expert_M = jnp.minimum(jnp.searchsorted(last_tile_E, number_M, side="right"), len(sizes_E) - 1)
-    first_M = (ends_E - sizes_E)[expert_M] + (number_M - (last_tile_E - tiles_E)[expert_M]) * TILE
-    place_MT = first_M[:, None] + jnp.arange(TILE)
-    place_MT = jnp.where(place_MT < ends_E[expert_M][:, None], place_MT, len(x_RI))
-    return x_RI.at[place_MT].get(mode="fill", fill_value=0)
+    tiles = column_tiles(sizes_E, len(x_RI), TILE)
+    place_MT = tiles.start[:, None] + jnp.arange(TILE)
+    own_MT = (place_MT < tiles.end[:, None]) & (tiles.expert >= 0)[:, None]
+    return x_RI.at[jnp.where(own_MT, place_MT, len(x_RI))].get(mode="fill", fill_value=0)
 
 
 def _scales(largest: Array, power_of_two: bool) -> Array:

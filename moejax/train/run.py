@@ -86,7 +86,9 @@ class Run:
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; peak {self.peak / 1e12:.3g} TFLOP/s"
         )
         if jax.default_backend() == "gpu" and not available():
-            logger.warning("no Triton kernels: grouped products and FP8 run in plain JAX; pip install 'moejax[cuda]'")
+            logger.warning(
+                "no Triton kernels, which take a Hopper GPU and pip install 'moejax[cuda]': plain JAX stands in for them"
+            )
         if lengths:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             logger.info(f"mesh: {lengths}{processes}; {config.mesh.sharding}")

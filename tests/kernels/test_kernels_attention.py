@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as of_jax
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -176,16 +175,6 @@ def test_lowers_in_a_loop_on_a_mesh(check):
 
 
 # ---------------------------------------------------------------------------------------------------------- for an H200
-
-
-@pytest.fixture
-def no_cache():
-    """What is compiled for devices that are not there cannot be loaded again."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    reset_cache()
 
 
 @pytest.mark.hopper

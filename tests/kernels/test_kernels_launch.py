@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ def test_kernels_are_available_with_the_extra():
 def test_kernels_are_not_available_without_triton(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not launch.available.__wrapped__()
+
+
+@pytest.mark.parametrize(("capability", "runs"), [("8.0", False), ("9.0", True), ("10.0", False)])
+def test_kernels_are_for_hopper_alone(capability, runs, monkeypatch):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert launch.available.__wrapped__() is runs
 
 
 def test_what_keeps_jax_triton_from_loading_is_said(monkeypatch, caplog):

@@ -10,7 +10,6 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as callbacks
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call, params
 from jax._src.state.types import TransposeTransform
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -127,16 +126,6 @@ def shapes(rows, experts, depth, columns, **how):
     dims = (rows, depth), (rows, tiles), (experts, columns, depth), (experts, columns // 128, tiles), (experts,)
     dtypes = E4M3, jnp.float32, E4M3, jnp.float32, jnp.int32
     return [jax.ShapeDtypeStruct(d, t, **how) for d, t in zip(dims, dtypes, strict=True)]
-
-
-@pytest.fixture
-def no_cache():
-    """What is compiled for devices that are not there cannot be loaded again."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    reset_cache()
 
 
 @pytest.mark.hopper
