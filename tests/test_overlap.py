@@ -68,6 +68,10 @@ CUBLAS = (
     'metadata={op_name="f/B/dot"}, backend_config={"gemm_backend_config":'
     '{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}'
 )
+KERNEL = (
+    '%z = bf16[8,16]{1,0} custom-call(%p, %q), custom_call_target="triton_kernel_call", '
+    f'metadata={{op_name="f/B/flops={PRODUCT}/triton_kernel_call"}}'
+)
 FIVE_TRIPS = LOOP + ', backend_config={"known_trip_count":{"n":"5"}}'
 
 
@@ -81,6 +85,7 @@ def program(between, start=START, done=DONE):
         pytest.param(FUSION.replace("SIDE", "B"), {"B": PRODUCT}, id="a fusion of the other side"),
         pytest.param(FUSION.replace("SIDE", "F"), {"F": PRODUCT}, id="a fusion of its own side"),
         pytest.param(CUBLAS, {"B": PRODUCT}, id="a call of cuBLAS"),
+        pytest.param(KERNEL, {"B": PRODUCT}, id="a kernel"),
         pytest.param(FIVE_TRIPS.replace("BODY", "%body"), {"B": 5 * PRODUCT}, id="a loop"),
         pytest.param(FIVE_TRIPS.replace("BODY", "%outer"), {"B": 5 * PRODUCT}, id="a loop in a loop"),
         pytest.param(LOOP.replace("BODY", "%body"), {}, id="a loop that may have no trips"),
@@ -199,15 +204,9 @@ def exchanges(cell):
     return [flight for flight in found if sides[flight.computation] == {"F", "B"}]
 
 
-@pytest.fixture
-def plain_products(no_cache, monkeypatch):
-    """Without kernels: XLA's schedule is read from its products, and it knows nothing of what a kernel costs."""
-    monkeypatch.setattr("moejax.ops.platform.available", lambda: False)
-
-
 @pytest.mark.hopper
 @pytest.mark.parametrize("nodes", [1, 2], ids=["one hop", "two hops"])
-def test_woven_all_to_alls_are_all_hidden(nodes, plain_products):
+def test_woven_all_to_alls_are_all_hidden(nodes, no_cache):
     found = exchanges(compiled_cell(nodes, woven=True))
     # the rows and what is sent with them, there; the rows, back
     assert Counter(f.side for f in found) == {"F": 3 * nodes, "B": 3 * nodes}
@@ -216,7 +215,7 @@ def test_woven_all_to_alls_are_all_hidden(nodes, plain_products):
 
 @pytest.mark.hopper
 @pytest.mark.parametrize("nodes", [1, 2], ids=["one hop", "two hops"])
-def test_without_weaving_some_are_exposed(nodes, plain_products):
+def test_without_weaving_some_are_exposed(nodes, no_cache):
     found = exchanges(compiled_cell(nodes, woven=False))
     assert len(found) == 6 * nodes
     assert any(f.state != "hidden" for f in found), table_of_flights(found)
@@ -248,7 +247,7 @@ def compiled_pipeline(ranks, microbatches):
 
 
 @pytest.mark.hopper
-def test_sends_of_the_steady_state_hide_behind_weight_gradients(plain_products):
+def test_sends_of_the_steady_state_hide_behind_weight_gradients(no_cache):
     compiled, table, product = compiled_pipeline(8, 32)
     found = [f for f in flights(compiled.as_text()) if f.kind == "collective-permute"]
     hidden = [f for f in found if f.state == "hidden"]

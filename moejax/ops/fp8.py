@@ -105,7 +105,7 @@ def quantise_columns(
 def quantise_both(
     x_RI: Float[Array, "R I"], sizes_E: Int[Array, "E"] | None, power_of_two: bool = False
 ) -> tuple[ScaledRows, ScaledColumns]:
-    """Rows and columns, which a kernel makes in one read; beyond the groups rows are undefined, and columns are none."""
+    """Rows and columns, which a kernel makes in one read; beyond the groups rows are undefined, columns are none."""
 
     def plain(x: Array, sizes: Array | None) -> tuple[ScaledRows, ScaledColumns]:
         return quantise_rows(x, power_of_two), quantise_columns(x, sizes, power_of_two)

@@ -3,7 +3,7 @@
 In the text of a compiled program (`compiled.as_text()`) the instructions of a computation stand in the order in which
 they are issued, and a collective is in flight from its start to its done. What hides it is work of the other
 micro-batch: passes are told apart by `jax.named_scope("F")`, `"B"` and so on. Only products of matrices count, in
-fusions, loops and calls of cuBLAS too; casts, copies and sums hide nothing.
+fusions, loops and calls of cuBLAS too, and kernels that say their FLOPs; casts, copies and sums hide nothing.
 """
 
 import math
@@ -125,6 +125,9 @@ def _work(program: _Program, computation: str, instruction: _Instruction, side: 
     side = side or instruction.side  # bodies of equal loops may be one, under the name of one
     if instruction.opcode == "dot" or 'custom_call_target="__cublas$' in instruction.rest:
         return Counter({side: _product(program[computation], instruction)})
+    stated = re.search(r"/flops=(\d+)/", instruction.rest) if instruction.opcode == "custom-call" else None
+    if stated:
+        return Counter({side: int(stated[1])})
     trips = 1
     if instruction.opcode == "while":
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.rest)

@@ -86,9 +86,7 @@ class Run:
             f"{self.mesh.size} x {jax.devices()[0].device_kind}; peak {self.peak / 1e12:.3g} TFLOP/s"
         )
         if jax.default_backend() == "gpu" and not available():
-            logger.warning(
-                "no Triton kernels, which take a Hopper GPU and pip install 'moejax[cuda]': plain JAX stands in for them"
-            )
+            logger.warning("no Triton kernels (a Hopper GPU and pip install 'moejax[cuda]' have them): plain JAX runs")
         if lengths:
             processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
             logger.info(f"mesh: {lengths}{processes}; {config.mesh.sharding}")
