@@ -1,6 +1,7 @@
 """Whole training steps, with the kernels that a GPU would run, compiled for an H200 that need not be there."""
 
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -48,4 +49,7 @@ def test_small_moe_fits_and_has_no_dense_grouped_product(precision, kernels, no_
     step = lowered.compile()
     memory = step.memory_analysis()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 80 * GB
-    assert len(re.findall('custom_call_target="triton_kernel_call', step.as_text())) >= kernels
+    text = step.as_text()
+    assert len(re.findall('custom_call_target="triton_kernel_call', text)) >= kernels
+    attention = Counter(re.findall(r'custom_call_target="__cudnn\$fmha(\w+)"', text))
+    assert attention == {"Softmax": 3, "SoftmaxBackward": 3}  # of dense layers, MoE layers and the MTP module

@@ -18,15 +18,14 @@ Has not run on a GPU yet.
 B batch, S positions, H heads, K query-key dim, V value dim.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels.launch import costing
 from moejax.varying import vary_over
 
 UNEQUAL_DIMS = ((192, 128),)  # of keys and values, that cuDNN takes as they are
@@ -53,62 +52,71 @@ def supports(q_BSHK: Array, k_BSHK: Array, v_BSHV: Array, segment_ids_BS: Array 
     return dtypes and lengths and v <= qk <= LARGEST_DIM and qk % 8 == 0
 
 
-def attention(
+def forward(
     q_BSHK: Float[Array, "B S H K"],
     k_BSHK: Float[Array, "B S H K"],
     v_BSHV: Float[Array, "B S H V"],
+    segment_ids_BS: Int[Array, "B S"] | None,
     scale: float,
-    segment_ids_BS: Int[Array, "B S"] | None = None,
-) -> Float[Array, "B S H V"]:
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
     """softmax(scale * q k^T) v over earlier positions (of the same segment) and the position itself.
 
-    Raises:
-        ValueError: `supports` says no.
+    The arrays are such that `supports` says yes.
+
+    Returns:
+        out: bfloat16.
+        log_sum: the log-sum-exp of each query's scores, float32.
     """
-    if not supports(q_BSHK, k_BSHK, v_BSHV, segment_ids_BS):
-        shapes = [f"{x.dtype} {x.shape}" for x in (q_BSHK, k_BSHK, v_BSHV)]
-        raise ValueError(f"cuDNN does not take q {shapes[0]}, k {shapes[1]}, v {shapes[2]}")
     (_, length, _, qk), v = q_BSHK.shape, v_BSHV.shape[-1]
-    widen = 0 if (qk, v) in UNEQUAL_DIMS else qk - v
-    odd = 0 if segment_ids_BS is None else length % 2  # with a bias the length has to be even
-    longer = (0, 0), (0, odd), (0, 0)
-    q, k = (jnp.pad(x, (*longer, (0, 0))) for x in (q_BSHK, k_BSHK))
-    values = jnp.pad(v_BSHV, (*longer, (0, widen)))
-    bias = None if segment_ids_BS is None else _bias(jnp.pad(segment_ids_BS, longer[:2]))
-    return _attention(q, k, values, bias, float(scale))[:, :length, :, :v]
+    operands = [*_padded(segment_ids_BS, qk, q_BSHK, k_BSHK, v_BSHV), *_bias(segment_ids_BS)]
+    batch, padded, heads, width = operands[2].shape
+    shapes = (batch, heads, padded, width), (batch, heads, padded)
+    name = "Softmax" if segment_ids_BS is None else "ScaleBiasSoftmax"
+    with costing(batch * heads * length**2 * (qk + v)):
+        out, log_sum = _call(name, operands, shapes, _config(operands[0], scale, _FORWARD))
+    return out[:, :length, :, :v], log_sum[:, :, :length]
 
 
-def _bias(segment_ids_BS: Array) -> Float[Array, "B 1 S S"]:
-    """0 where two positions are of one segment."""
-    same = segment_ids_BS[:, None, :, None] == segment_ids_BS[:, None, None, :]
-    return jnp.where(same, 0.0, _NEVER).astype(jnp.bfloat16)
+def backward(
+    q_BSHK: Float[Array, "B S H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    v_BSHV: Float[Array, "B S H V"],
+    segment_ids_BS: Int[Array, "B S"] | None,
+    out_BSHV: Float[Array, "B S H V"],
+    log_sum_BHS: Float[Array, "B H S"],
+    dout_BSHV: Float[Array, "B S H V"],
+    scale: float,
+) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"], Float[Array, "B S H V"]]:
+    """The gradients of q, k and v, from those and what `forward` made of them.
+
+    A position added at the end has a log-sum of 0 and scores of 0 or far below: its probabilities are 1 or 0, and its
+    gradient is 0.
+    """
+    (_, length, _, qk), v = q_BSHK.shape, v_BSHV.shape[-1]
+    q, k, values, out, dout = _padded(segment_ids_BS, qk, q_BSHK, k_BSHK, v_BSHV, out_BSHV, dout_BSHV)
+    log_sum = jnp.pad(log_sum_BHS, ((0, 0), (0, 0), (0, q.shape[1] - length)))
+    shapes = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, values)]
+    operands = (q, k, values, log_sum, dout, *_bias(segment_ids_BS), out)
+    name = "SoftmaxBackward" if segment_ids_BS is None else "ScaleBiasSoftmaxBackward"
+    with costing(q.shape[0] * q.shape[2] * length**2 * (3 * qk + 2 * v)):
+        dq, dk, dv = _call(name, operands, shapes, _config(q, scale, _BACKWARD))
+    return dq[:, :length], dk[:, :length], dv[:, :length, :, :v]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
-    return _forward(q, k, v, bias, scale)[0]
+def _padded(segment_ids_BS: Array | None, qk: int, *arrays_BSHX: Array) -> list[Array]:
+    """With zeros: to an even length where there is a bias, and values to the width of keys where cuDNN wants that."""
+    odd = 0 if segment_ids_BS is None else segment_ids_BS.shape[1] % 2
+    widest = 0 if (qk, arrays_BSHX[2].shape[-1]) in UNEQUAL_DIMS else qk
+    return [jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, max(widest - x.shape[-1], 0)))) for x in arrays_BSHX]
 
 
-def _forward(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> tuple[Array, tuple]:
-    batch, length, heads, _ = q.shape
-    shapes = (batch, heads, length, v.shape[-1]), (batch, heads, length)
-    operands = (q, k, v) if bias is None else (q, k, v, bias)
-    name = "Softmax" if bias is None else "ScaleBiasSoftmax"
-    out, log_sum = _call(name, operands, shapes, _config(q, scale, _FORWARD))
-    out, log_sum = checkpoint_name(out, "attention_out"), checkpoint_name(log_sum, "attention_out")
-    return out, (q, k, v, bias, out, log_sum)
-
-
-def _backward(scale: float, saved: tuple, dout: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, bias, out, log_sum = saved
-    shapes = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
-    operands = (q, k, v, log_sum, dout, out) if bias is None else (q, k, v, log_sum, dout, bias, out)
-    name = "SoftmaxBackward" if bias is None else "ScaleBiasSoftmaxBackward"
-    dq, dk, dv = _call(name, operands, shapes, _config(q, scale, _BACKWARD))
-    return dq, dk, dv, None
-
-
-_attention.defvjp(_forward, _backward)
+def _bias(segment_ids_BS: Array | None) -> list[Float[Array, "B 1 S S"]]:
+    """0 where two positions are of one segment; S is even. Nothing, where there are no segments."""
+    if segment_ids_BS is None:
+        return []
+    ids_BS = jnp.pad(segment_ids_BS, ((0, 0), (0, segment_ids_BS.shape[1] % 2)))
+    same = ids_BS[:, None, :, None] == ids_BS[:, None, None, :]
+    return [jnp.where(same, 0.0, _NEVER).astype(jnp.bfloat16)]
 
 
 def _call(name: str, operands: Sequence[Array], shapes: Sequence[tuple[int, ...]], config: Mapping) -> list[Array]:
@@ -144,7 +152,7 @@ def _config(q: Array, scale: float, products: Mapping[str, tuple]) -> dict:
             "tuning_knobs": {"17": "1", "24": "0"},
             "is_cudnn_frontend": True,
         },
-        "fmha_scale": scale,
+        "fmha_scale": float(scale),
         "intermediate_tensor_shape": {
             "element_type": "BF16",
             "dimensions": [str(n) for n in (batch, heads, length, length)],

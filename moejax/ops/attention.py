@@ -1,13 +1,15 @@
 """Exact causal attention whose memory is linear in the length.
 
-Queries and keys are taken in blocks of at most `block` tokens; a running maximum and sum make the softmax exact
-(FlashAttention, arXiv:2205.14135). The backward pass computes the probabilities again from the log-sum-exp of each
-query. A length of one block is the plain product of matrices.
+On GPUs it is cuDNN's (`moejax/kernels/attention.py`), where that takes the arrays. The plain form takes queries and
+keys in blocks of at most `block` tokens; a running maximum and sum make the softmax exact (FlashAttention,
+arXiv:2205.14135). In both the backward pass computes the probabilities again from the log-sum-exp of each query, so
+both save the same. A length of one block is the plain product of matrices.
 
 B batch, S positions, H heads, K query-key dim, V value dim; n blocks of b tokens, a query block is i, a key block j.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from moejax.kernels import attention as cudnn
+from moejax.ops.platform import by_platform
 from moejax.varying import zeros_varying
 
 _NEVER = -1e30  # a score that no softmax sees; finite, so that differences of two are not NaN
@@ -32,19 +36,54 @@ def attention(
 
     The softmax is float32; products take their operands in `q`'s dtype and sum in float32.
     """
-    batch, length, heads, _ = q_BSHK.shape
+    return _attention(q_BSHK, k_BSHK, v_BSHV, segment_ids_BS, scale, block)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q: Array, k: Array, v: Array, segments: Array | None, scale: float, block: int) -> Array:
+    return _forward(q, k, v, segments, scale, block)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, segments: Array | None, scale: float, block: int) -> tuple[Array, tuple]:
+    kernel = functools.partial(cudnn.forward, scale=scale)
+    plain = functools.partial(_plain_forward, scale=scale, block=block)
+    out, log_sum = _either(kernel, plain, q, k, v, segments)
+    out, log_sum = checkpoint_name(out, "attention_out"), checkpoint_name(log_sum, "attention_out")
+    return out, (q, k, v, segments, out, log_sum)
+
+
+def _backward(scale: float, block: int, saved: tuple, dout: Array) -> tuple[Array, Array, Array, None]:
+    kernel = functools.partial(cudnn.backward, scale=scale)
+    plain = functools.partial(_plain_backward, scale=scale, block=block)
+    dq, dk, dv = _either(kernel, plain, *saved, dout)
+    return dq, dk, dv, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _either(kernel: Callable[..., Any], plain: Callable[..., Any], *arrays: Any) -> Any:
+    """One of both, of q, k, v, segments and more: the same in the two passes."""
+    return by_platform(kernel, plain, *arrays) if cudnn.supports(*arrays[:4]) else plain(*arrays)
+
+
+# ----------------------------------------------------------------------------------------------------- the plain form
+
+
+def _blocks(x: Array, block: int) -> Array:
+    """[B, S, H, ...] -> [n, B, H, b, ...], or [B, S] -> [n, B, b]; zeros beyond the end."""
+    batch, length, *rest = x.shape
     size = min(block, length)
     n = -(-length // size)
+    x = jnp.pad(x, ((0, 0), (0, n * size - length), *[(0, 0)] * len(rest)))
+    x = x.reshape(batch, n, size, *rest).swapaxes(0, 1)
+    return x.swapaxes(2, 3) if rest else x
 
-    def blocks(x: Array) -> Array:  # [B, S, H, X] -> [n, B, H, b, X]
-        x = jnp.pad(x, ((0, 0), (0, n * size - length), (0, 0), (0, 0)))
-        return x.reshape(batch, n, size, heads, -1).transpose(1, 0, 3, 2, 4)
 
-    segments = None
-    if segment_ids_BS is not None:
-        segments = jnp.pad(segment_ids_BS, ((0, 0), (0, n * size - length))).reshape(batch, n, size).transpose(1, 0, 2)
-    out = _blockwise(blocks(q_BSHK), blocks(k_BSHK), blocks(v_BSHV), segments, scale)
-    return out.transpose(1, 0, 3, 2, 4).reshape(batch, n * size, heads, -1)[:, :length]
+def _whole(x: Array, length: int) -> Array:
+    """[n, B, H, b, ...] -> [B, S, H, ...]."""
+    n, batch, heads, size, *rest = x.shape
+    return x.swapaxes(2, 3).swapaxes(0, 1).reshape(batch, n * size, heads, *rest)[:, :length]
 
 
 def _scores(q: Array, k: Array, i: Any, j: Any, segments: Array | None, scale: float) -> Array:
@@ -57,12 +96,12 @@ def _scores(q: Array, k: Array, i: Any, j: Any, segments: Array | None, scale: f
     return jnp.where(seen, scores, _NEVER)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q: Array, k: Array, v: Array, segments: Array | None, scale: float) -> Array:
-    return _forward(q, k, v, segments, scale)[0]
-
-
-def _forward(q: Array, k: Array, v: Array, segments: Array | None, scale: float) -> tuple[Array, tuple]:
+def _plain_forward(
+    q: Array, k: Array, v: Array, segments: Array | None, scale: float, block: int
+) -> tuple[Float[Array, "B S H V"], Float[Array, "B H S"]]:
+    """The output, and the log-sum-exp of each query's scores."""
+    length = q.shape[1]
+    q, k, v, segments = jax.tree.map(lambda x: _blocks(x, block), (q, k, v, segments))
     n, batch, heads, size, _ = q.shape
 
     def query_block(i: Any) -> tuple[Array, Array]:
@@ -84,14 +123,26 @@ def _forward(q: Array, k: Array, v: Array, segments: Array | None, scale: float)
         out, log_sum = jax.tree.map(lambda x: x[None], query_block(0))
     else:
         out, log_sum = jax.lax.map(query_block, jnp.arange(n))
-    out, log_sum = checkpoint_name(out, "attention_out"), checkpoint_name(log_sum, "attention_out")
-    return out, (q, k, v, segments, out, log_sum)
+    return _whole(out, length), _whole(log_sum, length).swapaxes(1, 2)
 
 
-def _backward(scale: float, saved: tuple, dout: Array) -> tuple[Array, Array, Array, None]:
-    q, k, v, segments, out, log_sum = saved
-    n = q.shape[0]
+def _plain_backward(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array | None,
+    out: Array,
+    log_sum: Array,
+    dout: Array,
+    scale: float,
+    block: int,
+) -> tuple[Array, Array, Array]:
+    """The gradients of q, k and v."""
+    length = q.shape[1]
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+    arrays = q, k, v, segments, dout, delta, log_sum.swapaxes(1, 2)
+    q, k, v, segments, dout, delta, log_sum = jax.tree.map(lambda x: _blocks(x, block), arrays)
+    n = len(q)
 
     def pair(i: Any, j: Any) -> tuple[Array, Array, Array]:
         """What query block i and key block j add to dq[i], dk[j] and dv[j], float32."""
@@ -117,7 +168,5 @@ def _backward(scale: float, saved: tuple, dout: Array) -> tuple[Array, Array, Ar
 
         start = zeros_varying(k.shape, jnp.float32, q), zeros_varying(v.shape, jnp.float32, q)
         (dk, dv), dq = jax.lax.scan(query_block, start, jnp.arange(n))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-_blockwise.defvjp(_forward, _backward)
+    dq, dk, dv = (_whole(x.astype(like.dtype), length) for x, like in ((dq, q), (dk, k), (dv, v)))
+    return dq, dk, dv

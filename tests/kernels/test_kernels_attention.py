@@ -1,6 +1,5 @@
 """Attention through cuDNN: what is around its calls on a CPU, the calls themselves, and programs for an H200."""
 
-import functools
 import json
 import re
 
@@ -13,7 +12,9 @@ from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.kernels import attention as kernel
-from moejax.ops.attention import attention as plain
+from moejax.ops.attention import attention
+from moejax.pipeline.backward import trace_stage
+from moejax.pipeline.interleave import interleave_stages
 from moejax.plan.hopper import h200_devices
 
 SCALE = 0.3
@@ -30,8 +31,14 @@ def ids_like(q):
 
 
 def with_gradients(q, k, v, ids=None):
-    out, back = jax.vjp(lambda *x: kernel.attention(*x, SCALE, ids), q, k, v)
+    out, back = jax.vjp(lambda *x: attention(*x, SCALE, ids), q, k, v)
     return out, back(out)
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Programs for GPUs have kernels, though Triton may be absent, which cuDNN does not need."""
+    monkeypatch.setattr("moejax.ops.platform.available", lambda: True)
 
 
 def program(function, *arrays):
@@ -49,6 +56,19 @@ def calls(text):
         layouts = re.search(r"operand_layouts.*", attributes)[0]
         found.append((name, json.loads(config), layouts, types))
     return found
+
+
+def names(text):
+    return sorted(call[0].removeprefix("__cudnn$fmha") for call in calls(text))
+
+
+def draw(length, dims, documents=False):
+    """q, k, v, a change of the output, and segments: row 0 has several, row 1 one."""
+    rng = np.random.default_rng(0)
+    qk, v = dims
+    arrays = [jnp.array(rng.normal(size=(2, length, 3, dim)), BF16) for dim in (qk, qk, v, v)]
+    ids = np.stack([np.cumsum(np.isin(np.arange(length), [1, 4, 5, length // 2])), np.zeros(length)]).astype(np.int32)
+    return *arrays, jnp.array(ids) if documents else None
 
 
 # ------------------------------------------------------------------------------------------------------------- on a CPU
@@ -73,36 +93,64 @@ def test_supports(dims, length, documents, dtype, wanted):
     q, k, v = shapes(2, length, 4, *dims, dtype)
     ids = ids_like(q) if documents else None
     assert kernel.supports(q, k, v, ids) is wanted
-    if not wanted:
-        with pytest.raises(ValueError, match="cuDNN does not take q"):
-            jax.eval_shape(with_gradients, q, k, v, ids)
+    bias = "ScaleBias" * documents
+    text = program(with_gradients, q, k, v, *([ids] if documents else []))
+    assert names(text) == ([f"{bias}Softmax", f"{bias}SoftmaxBackward"] if wanted else [])
+    assert ("dot_general" in text) is not wanted  # products of scores
+
+
+def of_cudnn(name, operands, shapes, config):
+    """What cuDNN computes, by its documentation, in float32."""
+    scale = config["cudnn_fmha_backend_config"]["fmha_scale"]
+    (q, k, v, *others), product = (x.astype(jnp.float32) for x in operands), jnp.einsum
+    backward, masked = name.endswith("Backward"), name.startswith("ScaleBias")
+    assert q.shape[-1] == v.shape[-1] or (q.shape[-1], v.shape[-1]) in kernel.UNEQUAL_DIMS
+    assert not (masked and q.shape[1] % 2)
+    scores = product("bqhd,bkhd->bhqk", q, k) * scale + (others[2 * backward] if masked else 0.0)
+    scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+    log_sum = others[0] if backward else jax.nn.logsumexp(scores, -1)
+    weights = jnp.exp(scores - log_sum[..., None])
+    if backward:
+        dout, out = others[1], others[-1]
+        dweights = product("bqhd,bkhd->bhqk", dout, v) - (dout * out).sum(-1).swapaxes(1, 2)[..., None]
+        dscores = weights * dweights * scale
+        sums = (("bhqk,bkhd->bqhd", dscores, k), ("bhqk,bqhd->bkhd", dscores, q), ("bhqk,bqhd->bkhd", weights, dout))
+        found = [product(*each).astype(BF16) for each in sums]
+    else:
+        found = [product("bhqk,bkhd->bqhd", weights, v).astype(BF16), log_sum]
+    assert all(np.isfinite(x).all() for x in (weights, *found))  # where positions were added too
+    assert [(x.swapaxes(1, 2) if x.ndim == 4 else x).shape for x in found] == list(shapes)
+    return found
 
 
 @pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
 @pytest.mark.parametrize("length", [12, 37], ids=["even", "odd"])
-def test_padding_and_bias_change_nothing(length, documents, monkeypatch):
-    """With JAX's own implementation for any platform in place of cuDNN's calls."""
+@pytest.mark.parametrize("dims", [(192, 128), (24, 16)], ids=["as they are", "padded"])
+def test_padding_and_bias_change_nothing(dims, length, documents, monkeypatch):
+    q, k, v, change, ids = draw(length, dims, documents)
 
-    def xla(q, k, v, bias, scale):
-        return jax.nn.dot_product_attention(q, k, v, bias, scale=scale, is_causal=True, implementation="xla")
-
-    monkeypatch.setattr(kernel, "_attention", xla)
-    rng = np.random.default_rng(0)
-    q, k, v, change = (jnp.array(rng.normal(size=(2, length, 3, dim)), BF16) for dim in (24, 24, 16, 16))
-    ids = np.stack([np.cumsum(np.isin(np.arange(length), [1, 4, 5, length // 2])), np.zeros(length)]).astype(np.int32)
-    ids = jnp.array(ids) if documents else None
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def gradients(function, *qkv):
-        out, back = jax.vjp(lambda *x: function(*x, SCALE, ids), *qkv)
+    def gradients(*qkv):
+        out, back = jax.vjp(lambda *x: attention(*x, dims[0] ** -0.5, ids), *qkv)
         return out, *back(change.astype(out.dtype))
 
-    got = gradients(kernel.attention, q, k, v)
-    want = gradients(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert a.dtype == BF16
+    want = jax.jit(gradients)(*(x.astype(jnp.float32) for x in (q, k, v)))
+    monkeypatch.setattr(kernel, "_call", of_cudnn)
+    monkeypatch.setattr("moejax.ops.attention.by_platform", lambda kernel, plain, *arrays: kernel(*arrays))
+    for name, a, b in zip(("out", "dq", "dk", "dv"), gradients(q, k, v), want, strict=True):
+        assert (a.dtype, a.shape) == (BF16, b.shape)
         atol = 4 * 2.0**-8 * np.abs(b).max()  # bfloat16: probabilities, their gradients, the result, and sums of them
         np.testing.assert_allclose(a.astype(np.float32), b, atol=atol, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
+def test_a_cpu_runs_the_plain_form(documents, monkeypatch):
+    *qkv, _, ids = draw(12, (24, 16), documents)
+    assert names(jax.jit(with_gradients).lower(*qkv, ids).as_text()) == []
+    found = jax.jit(with_gradients)(*qkv, ids)
+    monkeypatch.setattr("moejax.ops.platform.available", lambda: False)
+    alone = jax.jit(lambda *x: with_gradients(*x)).trace(*qkv, ids)
+    assert "platform" not in str(alone.jaxpr)
+    jax.tree.map(np.testing.assert_array_equal, found, alone.lower().compile()(*qkv, ids))
 
 
 # ------------------------------------------------------------------------------------------------------------ the calls
@@ -149,11 +197,31 @@ def test_checkpoint_can_save_what_the_backward_pass_needs(saved):
     policy = jax.checkpoint_policies.save_only_these_names(*(["attention_out"] if saved else []))
 
     def loss(*qkv):
-        attend = jax.checkpoint(lambda *x: kernel.attention(*x, SCALE), policy=policy)
+        attend = jax.checkpoint(lambda *x: attention(*x, SCALE), policy=policy)
         return jnp.sum(jnp.sin(attend(*qkv).astype(jnp.float32)))
 
-    names = [call[0] for call in calls(program(jax.grad(loss, (0, 1, 2)), *shapes(2, 256, 4, 192, 128)))]
-    assert sorted(names) == ["__cudnn$fmhaSoftmax"] * (1 if saved else 2) + ["__cudnn$fmhaSoftmaxBackward"]
+    text = program(jax.grad(loss, (0, 1, 2)), *shapes(2, 256, 4, 192, 128))
+    assert names(text) == ["Softmax"] * (1 if saved else 2) + ["SoftmaxBackward"]
+
+
+def test_a_pipeline_can_split_and_weave_it():
+    def stage(weights, x):
+        kept = jax.checkpoint_policies.save_only_these_names("attention_out")
+        attend = jax.checkpoint(lambda w, x: attention(*jnp.split(x @ w, 3, -1), SCALE), policy=kept)
+        return attend(weights, x), jnp.zeros(())
+
+    weights, x = jax.ShapeDtypeStruct((64, 192), BF16), jax.ShapeDtypeStruct((2, 256, 4, 64), BF16)
+    traced = trace_stage(stage, weights, x)
+    inputs = weights, traced.residuals, x, jax.ShapeDtypeStruct((), jnp.float32)
+    assert names(program(traced.forward, weights, x)) == ["Softmax"]
+    assert names(program(traced.backward_input, *inputs)) == ["SoftmaxBackward"]
+    late = [traced.residuals[i] for i in traced.weight_residuals]
+    assert names(program(traced.backward_weight, weights, late, traced.kept)) == []
+
+    def woven(weights, x, *inputs):
+        return interleave_stages(traced, weights, x, traced, *inputs)
+
+    assert names(program(woven, weights, x, *inputs)) == ["Softmax", "SoftmaxBackward"]
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["checked", "unchecked"])
