@@ -1,6 +1,9 @@
 """DeepSeek-V3, 671B, with its published pre-training recipe (arXiv:2412.19437, sections 2 and 4.2).
 
-    python -m moejax train configs/deepseek_v3.py --data.train TEXT... --data.tokenizer tokenizer.json
+    python -m moejax train configs/deepseek_v3.py --data.train TEXT... --data.tokenizer tokenizer.json MESH
+
+MESH on DeepSeek's 2048 GPUs is --mesh.pipe 16 --mesh.data 2 --mesh.expert 64 --mesh.expert-nodes 8. What a GPU has to
+hold there is in tools/RESULTS.md: 80 GB are enough in FP8, with the slack and the deferral that are set here.
 
 Expect 671,026,419,200 parameters (and 11,610,068,224 of the MTP module), 37.6B of them at work on each token, 250 GFLOP
 a token at this length, 14.8T tokens in about 245,000 steps. DeepSeek used 2,664,000 GPU-hours of the H800. The sizes
@@ -13,14 +16,16 @@ Long context (section 4.3) goes on from the end of this run, twice for 1000 step
     attention = AttentionConfig(yarn=YarnConfig())
 """
 
-from moejax.config import DataConfig, PipelineConfig, RunConfig, ScheduleConfig
+from moejax.config import DataConfig, MeshConfig, PipelineConfig, RunConfig, ScheduleConfig
 
 
 def config() -> RunConfig:
     """The run."""
     return RunConfig(
         name="deepseek_v3",
+        precision="fp8",
         schedule=ScheduleConfig(tokens=14.8e12, ramp_start=3072, ramp_increment=1536, ramp_until=469e9 / 14.8e12),
-        pipeline=PipelineConfig(microbatches=120),  # of 128 rows, one for each pipeline of DeepSeek's
+        mesh=MeshConfig(exchange_slack=1.15),
+        pipeline=PipelineConfig(microbatches=120, max_deferred_w=1),  # of 128 rows, one for each pipeline of DeepSeek's
         data=DataConfig(tokenizer="tokenizer.json", sequence_length=4096, batch_size=15360, fim_rate=0.1),
     )

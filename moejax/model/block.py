@@ -80,16 +80,22 @@ def run_block(
     positions_BS: Int[Array, "#B S"],
     segment_ids_BS: Int[Array, "B S"] | None,
     remat: Literal["none", "cheap", "full"],
+    in_loop: bool = False,
 ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
-    """`block(x, positions, segment_ids)`, of which the backward pass keeps what `remat` says."""
+    """`block(x, positions, segment_ids)`, of which the backward pass keeps what `remat` says.
+
+    `in_loop`: forward and backward are in loops of their own, so that XLA cannot take what is computed again from the
+    forward. Nothing has to hold it back, and a weight that is widened here is never held in float32.
+    """
 
     def call(block: Block, x: Array) -> tuple[Array, BlockStats | None]:
         return block(x, positions_BS, segment_ids_BS)
 
     if remat == "cheap":
-        call = jax.checkpoint(call, policy=jax.checkpoint_policies.save_only_these_names(*KEPT))
+        kept = jax.checkpoint_policies.save_only_these_names(*KEPT)
+        call = jax.checkpoint(call, prevent_cse=not in_loop, policy=kept)
     elif remat == "full":
-        call = jax.checkpoint(call)
+        call = jax.checkpoint(call, prevent_cse=not in_loop)
     return call(block, x_BSD)
 
 
@@ -107,7 +113,7 @@ def run_stack(
     """
 
     def layer(block: Block, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, BlockStats | None]:
-        return run_block(block, x, positions, segment_ids, remat)
+        return run_block(block, x, positions, segment_ids, remat, in_loop=True)
 
     if mesh.sharding != "zero1":
         return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))

@@ -48,7 +48,7 @@ class MLA(nnx.Module):
         turn = rotation(positions_BS, a)
         q_BSHK = self._queries(x_BSD, turn)
         k_BSHK, v_BSHV = self._keys_and_values(x_BSD, turn)
-        mixed_BSHV = attention(q_BSHK, k_BSHK, v_BSHV, softmax_scale(a), segment_ids_BS, a.block)
+        mixed_BSHV = attention(q_BSHK, k_BSHK, v_BSHV, softmax_scale(a), segment_ids_BS, a.block, self.fp8)
         return linear(mixed_BSHV.reshape(*x_BSD.shape[:2], -1), self.out_HD[...], self.fp8, power_of_two=True)
 
     def _queries(self, x_BSD: Array, turn: tuple[Array, Array]) -> Float[Array, "B S H K"]:

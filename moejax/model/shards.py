@@ -48,12 +48,15 @@ def on_mesh(spec: P, cfg: MeshConfig) -> P:
 
 
 def gather_for_step(tree: Tree, cfg: MeshConfig, dtype: DTypeLike) -> Tree:
-    """The weights of a step: whole with ZeRO-1, else still in shards. Gradients of them go through `reduce`."""
-    return widened(gathered(tree, cfg, dtype)) if cfg.sharding == "zero1" else tree
+    """The weights of a step: whole with ZeRO-1, to be `widened` where they are used; else still in shards.
+
+    Their gradients, float32, go through `reduce`.
+    """
+    return gathered(tree, cfg, dtype) if cfg.sharding == "zero1" else tree
 
 
 def gather_for_use(tree: Tree, cfg: MeshConfig, dtype: DTypeLike) -> Tree:
-    """Whole weights, float32, out of those of `gather_for_step`; their gradients arrive in shards."""
+    """Whole weights, float32, out of those of `gather_for_step`, widened; their gradients arrive in shards."""
     return tree if cfg.sharding == "zero1" else _whole(cfg, dtype, tree)
 
 
@@ -84,6 +87,18 @@ def scattered(grads: Tree, cfg: MeshConfig) -> Tree:
         return jax.lax.psum_scatter(array, axes, scatter_dimension=dim, tiled=True).astype(jnp.float32)
 
     return _map_stored(scatter, grads, cfg)
+
+
+def narrowed(tree: Tree, cfg: MeshConfig, dtype: DTypeLike) -> Tree:
+    """The weights with ZeRO-1 before they are sent or gathered: those with gather="compute" in `dtype`."""
+
+    def one(variable: Any) -> Any:
+        narrow = isinstance(variable, nnx.Param) and variable.gather == "compute"
+        return variable.replace(variable.get_value().astype(dtype)) if narrow else variable
+
+    if cfg.sharding != "zero1":
+        return tree
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def widened(tree: Tree) -> Tree:

@@ -21,6 +21,18 @@ from moejax.ops.hops import Hop
 from moejax.varying import vary_like
 
 
+class Rows(NamedTuple):
+    """Tokens, or what a hop has brought of them. Gradients are those of `x`."""
+
+    x: Array  # [*, D]
+    scaled: ScaledRows | None  # with FP8 the same numbers, as they travel: scales are powers of two
+
+    @classmethod
+    def of(cls, x: Array, fp8: bool) -> "Rows":
+        """Tokens before the first hop."""
+        return cls(x, quantise_rows(lax.stop_gradient(x), power_of_two=True) if fp8 else None)
+
+
 class Visits(NamedTuple):
     """Where tokens have to go, in whatever round: a token's first choice at a destination stands for the visit."""
 
@@ -85,28 +97,28 @@ def _summed(rows_S: Array, slots: Slots) -> Array:
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
-def _to_experts(rows_SD: Array, hop: Hop) -> Array:
+def _to_experts(rows: Rows, slots: Slots, hop: Hop) -> Rows:
     """In FP8 rows arrive as what their E4M3 numbers stand for, which BF16 holds exactly: scales are powers of two.
 
-    Quantising them again, here or after a further hop, changes nothing.
+    Quantising them again would change nothing.
     """
-    if not hop.fp8:
-        return _all_to_all(rows_SD, hop)
-    received = ScaledRows(*(_all_to_all(a, hop) for a in quantise_rows(rows_SD, power_of_two=True)))
-    return dequantise_rows(received).astype(rows_SD.dtype)
+    if rows.scaled is None:
+        return Rows(_all_to_all(_filled(rows.x, slots), hop), None)
+    received = ScaledRows(*(_all_to_all(_filled(a, slots), hop) for a in rows.scaled))
+    return Rows(dequantise_rows(received).astype(rows.x.dtype), received)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def dispatch(x_TD: Float[Array, "T D"], slots: Slots, hop: Hop) -> Float[Array, "S D"]:
+def dispatch(rows: Rows, slots: Slots, hop: Hop) -> Rows:
     """The rows that this device receives: slot c of those from source i is row `i * hop.slots + c`; 0 if empty."""
-    return _to_experts(_filled(x_TD, slots), hop)
+    return _to_experts(rows, slots, hop)
 
 
-def _dispatch_backward(hop: Hop, slots: Slots, drows_SD: Array) -> tuple[Array, None]:
-    return _summed(_all_to_all(drows_SD, hop), slots).astype(drows_SD.dtype), None
+def _dispatch_backward(hop: Hop, slots: Slots, drows: Rows) -> tuple[Rows, None]:
+    return Rows(_summed(_all_to_all(drows.x, hop), slots).astype(drows.x.dtype), None), None
 
 
-dispatch.defvjp(lambda x, slots, hop: (dispatch(x, slots, hop), slots), _dispatch_backward)
+dispatch.defvjp(lambda rows, slots, hop: (_to_experts(rows, slots, hop), slots), _dispatch_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -117,7 +129,7 @@ def combine(rows_SD: Float[Array, "S D"], slots: Slots, hop: Hop) -> Float[Array
 
 def _combine_backward(hop: Hop, saved: tuple[Array, Slots], dy_TD: Array) -> tuple[Array, None]:
     like, slots = saved
-    return _to_experts(_filled(dy_TD.astype(like.dtype), slots), hop), None
+    return _to_experts(Rows.of(dy_TD.astype(like.dtype), hop.fp8), slots, hop).x, None
 
 
 combine.defvjp(

@@ -86,6 +86,11 @@ def _sums(rows_RD: Array, rows: _Rows) -> Float[Array, "T D"]:
     return sum(terms, jnp.zeros((), jnp.float32))
 
 
+def plus(sums: Array, more: Array) -> Array:
+    """Both, added in float32 and rounded to the dtype of `sums`: what later passes and rounds, if any, do."""
+    return (sums.astype(jnp.float32) + more.astype(jnp.float32)).astype(sums.dtype)
+
+
 # -------------------------------------------------------------------------------------------------------------- SwiGLU
 
 
@@ -100,6 +105,7 @@ def routed_swiglu(
     max_rows: int | None = None,
     keep: bool = True,
     fp8: bool = False,
+    tokens: ScaledRows | None = None,
 ) -> Float[Array, "T D"]:
     """The sum over each token's K choices of the choice's weight times the SwiGLU of its expert.
 
@@ -112,25 +118,45 @@ def routed_swiglu(
     pass keeps nothing. `keep=False`: nothing of the first either (all passes are in the loop; less to compile).
 
     With `fp8` all products are of E4M3 numbers (`fp8.py`), and the backward pass keeps those. The scales of tokens and
-    of results' gradients, which travel between devices, are powers of two.
+    of results' gradients, which travel between devices, are powers of two. `tokens`: the numbers of `x` as they have
+    travelled; without they are made here.
     """
     bound = order_R.size if max_rows is None else min(max_rows, order_R.size)
     rows = _Rows(order_R, row_TK, sizes_E)
-    return _routed_swiglu(x_TD, weights_TK, gate_up_EDG, down_EFD, rows, bound, keep or bound == order_R.size, fp8)
+    keep = keep or bound == order_R.size
+    return _routed_swiglu(x_TD, tokens, weights_TK, gate_up_EDG, down_EFD, rows, bound, keep, fp8)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _routed_swiglu(
-    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool, fp8: bool
+    x: Array,
+    scaled: ScaledRows | None,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    rows: _Rows,
+    max_rows: int,
+    keep: bool,
+    fp8: bool,
 ) -> Array:
-    return _swiglu_forward(x, weights, gate_up, down, rows, max_rows, keep, fp8)[0]
+    return _swiglu_forward(x, scaled, weights, gate_up, down, rows, max_rows, keep, fp8)[0]
 
 
 def _swiglu_forward(
-    x: Array, weights: Array, gate_up: Array, down: Array, rows: _Rows, max_rows: int, keep: bool, fp8: bool
+    x: Array,
+    scaled: ScaledRows | None,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    rows: _Rows,
+    max_rows: int,
+    keep: bool,
+    fp8: bool,
 ) -> tuple[Array, tuple]:
-    dtype = x.dtype
-    tokens = quantise_rows(x, power_of_two=True) if fp8 else x
+    dtype, experts = x.dtype, (gate_up, down)
+    gate_up, down = (w.astype(dtype) for w in experts)  # before loops, which would keep them in float32
+    scaled = quantise_rows(x, power_of_two=True) if fp8 and scaled is None else scaled
+    tokens = x if scaled is None else scaled
 
     def hidden(rows: _Rows) -> Array:
         return grouped_dot(_rows(tokens, rows), gate_up, rows.sizes, dtype)
@@ -146,9 +172,10 @@ def _swiglu_forward(
         y, kept = output(hidden(first), first)
         kept = checkpoint_name(kept, "expert_hidden")
     else:
-        y = zeros_varying(x.shape, jnp.float32, x)
-    y = _for_passes(int(keep), rows, max_rows, lambda rows, y: y + output(hidden(rows), rows)[0], y)
-    return y.astype(dtype), (tokens, weights, kept, gate_up, down, rows)
+        y = zeros_varying(x.shape, dtype, x)
+    more = lambda rows, y: plus(y, output(hidden(rows), rows)[0])  # noqa: E731
+    y = _for_passes(int(keep), rows, max_rows, more, y.astype(dtype))
+    return y, (tokens, weights, kept, *experts, rows)
 
 
 class _Backward(NamedTuple):
@@ -163,10 +190,11 @@ class _Backward(NamedTuple):
 
 def _swiglu_backward(
     max_rows: int, keep: bool, fp8: bool, saved: tuple, dy_TD: Array
-) -> tuple[Array, Array, Array, Array, None]:
+) -> tuple[Array, None, Array, Array, Array, None]:
     """The tokens' gradients and the experts' do not wait for each other, so that a pipeline can defer the latter."""
     tokens, weights, kept, gate_up, down, rows = saved
     dtype = dy_TD.dtype
+    gate_up, down = gate_up.astype(dtype), down.astype(dtype)
     results = quantise_rows(dy_TD, power_of_two=True) if fp8 else dy_TD
 
     def again(rows: _Rows) -> Array | ScaledRows:
@@ -193,7 +221,7 @@ def _swiglu_backward(
         return grouped_outer(x, back.dh_outer, rows.sizes), grouped_outer(back.u, dy, rows.sizes)
 
     def add_tokens(rows: _Rows, sums: tuple) -> tuple:
-        return jax.tree.map(jnp.add, sums, of_tokens(back(again(rows), rows), rows))
+        return jax.tree.map(plus, sums, of_tokens(back(again(rows), rows), rows))
 
     def add_experts(rows: _Rows, sums: tuple) -> tuple:
         return jax.tree.map(jnp.add, sums, of_experts(back(again(rows), rows), rows))
@@ -205,9 +233,10 @@ def _swiglu_backward(
     else:
         zeros = [zeros_varying(a.shape, jnp.float32, a) for a in (dy_TD, weights, gate_up, down)]
         of_first = (zeros[0], zeros[1]), (zeros[2], zeros[3])
-    dx, dweights = _for_passes(int(keep), rows, max_rows, add_tokens, of_first[0])
-    dgate_up, ddown = _for_passes(int(keep), rows, max_rows, add_experts, of_first[1])
-    return dx.astype(dtype), dweights, dgate_up, ddown, None
+    (dx, dweights), of_experts_first = of_first
+    dx, dweights = _for_passes(int(keep), rows, max_rows, add_tokens, (dx.astype(dtype), dweights))
+    dgate_up, ddown = _for_passes(int(keep), rows, max_rows, add_experts, of_experts_first)
+    return dx, None, dweights, dgate_up, ddown, None
 
 
 _routed_swiglu.defvjp(_swiglu_forward, _swiglu_backward)

@@ -3,14 +3,15 @@
 The first round of the exchange carries what fits into the slots; that is usually all. It stands by itself, so that a
 pipeline can overlap it with other work. Further rounds run in a loop only while some device of the axis has tokens
 left, and the devices agree on their number. Of later rounds nothing is kept: the backward pass computes each again.
-With two hops the same holds for what each of them receives.
+With two hops the same holds for what each of them receives. What the first hop brings is not kept either: where the
+second has later rounds, which is seldom, the backward pass sends it again.
 
 T tokens, K choices per token, E experts, e of them on this device, D model dim, F expert width, G = 2 * F, H hops.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,18 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.exchange import Visits, assign_slots, combine, dispatch, dispatch_choices, find_visits
-from moejax.ops.experts import routed_swiglu, sort_by_expert
-from moejax.ops.hops import Exchange
+from moejax.ops.exchange import Rows, Slots, Visits, assign_slots, combine, dispatch, dispatch_choices, find_visits
+from moejax.ops.experts import plus, routed_swiglu, sort_by_expert
+from moejax.ops.hops import Exchange, Hop
 from moejax.ops.routing import expert_counts
 from moejax.varying import vary_over, zeros_varying
+
+
+class _Sent(NamedTuple):
+    """Where rows that a hop brought come from."""
+
+    x: Array  # the tokens before it
+    slots: Slots
 
 
 class _Choices(NamedTuple):
@@ -48,7 +56,7 @@ def exchanged_swiglu(
     float32. An exchange without hops is one device's `routed_swiglu`, with every choice present.
 
     Returns:
-        y: in `x`'s dtype; summed in float32 at each hop.
+        y: in `x`'s dtype; summed in float32 at each hop and in each round.
         rounds: of each hop; of the second the most in any round of the first. Equal on all devices of the axis.
     """
     if not exchange.hops:
@@ -59,26 +67,36 @@ def exchanged_swiglu(
     arrays = (x_TD, weights_TK, ids_TK, gate_up_eDG, down_eFD)
     axes = {exchange.hops[0].axis}.union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     x, weights, ids, gate_up, down = (vary_over(a, axes) for a in arrays)
-    y_TD, rounds = _exchanged(x, weights, (gate_up, down), ids, exchange, True)
+    y_TD, rounds = _exchanged(Rows.of(x, exchange.fp8), weights, (gate_up, down), ids, exchange, True)
     return y_TD, jnp.stack(rounds)
 
 
 def _exchanged(
-    x: Array, weights: Array, experts: tuple[Array, Array], ids: Array, exchange: Exchange, keep: bool
+    rows: Rows,
+    weights: Array,
+    experts: tuple[Array, Array],
+    ids: Array,
+    exchange: Exchange,
+    keep: bool,
+    sent: _Sent | None = None,
+    by: Hop | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The tokens' results, and the rounds of each hop left. `keep=False`: the backward pass keeps nothing."""
+    """The tokens' results, and the rounds of each hop left. `keep=False`: the backward pass keeps nothing.
+
+    `rows` are what the hop `by` brought of `sent`, if there was one.
+    """
     if not exchange.hops:
-        return _local(x, weights, experts, ids, exchange, keep), ()
+        return _local(rows, weights, experts, ids, exchange, keep), ()
     hop = exchange.hops[0]
     visits, most = find_visits(ids, _experts_each(experts, exchange), hop.destinations)
-    if hop.slots >= x.shape[0]:
+    if hop.slots >= rows.x.shape[0]:
         choices = _Choices(ids, visits, jnp.ones_like(most))
-        y, inner = _round(0, x, weights, experts, choices, exchange, keep)
+        y, inner = _round(0, rows, weights, experts, choices, exchange, keep)
     else:
         most = lax.all_gather(jnp.maximum(most, 1), hop.axis).max()
         choices = _Choices(ids, visits, checkpoint_name(-(-most // hop.slots), "exchange_rounds"))
-        y, inner = _rounds(x, weights, experts, choices, exchange, keep)
-    return y.astype(x.dtype), (choices.rounds, *inner)
+        y, inner = _rounds(rows, weights, experts, choices, exchange, keep, sent, by)
+    return y, (choices.rounds, *inner)
 
 
 def _experts_each(experts: tuple[Array, Array], exchange: Exchange) -> int:
@@ -89,51 +107,67 @@ def _experts_each(experts: tuple[Array, Array], exchange: Exchange) -> int:
     return each
 
 
-def _local(x: Array, weights: Array, experts: tuple[Array, Array], ids: Array, exchange: Exchange, keep: bool) -> Array:
+def _local(
+    rows: Rows, weights: Array, experts: tuple[Array, Array], ids: Array, exchange: Exchange, keep: bool
+) -> Array:
     num_experts = experts[0].shape[0]
     order_R, row_TK = sort_by_expert(jnp.where(ids < 0, num_experts, ids))
-    rows = order_R, row_TK, expert_counts(ids, num_experts)
-    return routed_swiglu(x, weights, *experts, *rows, exchange.max_rows, keep, exchange.fp8)
+    sorted_rows = order_R, row_TK, expert_counts(ids, num_experts)
+    arrays = (rows.x, weights, *experts, *sorted_rows)
+    return routed_swiglu(*arrays, exchange.max_rows, keep, exchange.fp8, rows.scaled)
 
 
 def _round(
     number: Array | int,
-    x: Array,
+    rows: Rows,
     weights: Array,
     experts: tuple[Array, Array],
     choices: _Choices,
     exchange: Exchange,
     keep: bool,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """What round `number` adds to the tokens' results, float32, and the rounds of the hops after this one."""
+    """What round `number` adds to the tokens' results, and the rounds of the hops after this one."""
     hop, each = exchange.hops[0], _experts_each(experts, exchange)
     slots = assign_slots(choices.visits, number, hop)
-    rows = checkpoint_name(dispatch(x, slots, hop), "dispatched")
+    brought = checkpoint_name(dispatch(rows, slots, hop), "dispatched")
     received = dispatch_choices(choices.ids, weights, slots, each, hop)
     ids_SK, weights_SK = checkpoint_name(received, "dispatched_choices")
     rest = dataclasses.replace(exchange, hops=exchange.hops[1:])
-    y, inner = _exchanged(rows, weights_SK, experts, ids_SK, rest, keep)
-    return combine(y, slots, hop), inner
+    y, inner = _exchanged(brought, weights_SK, experts, ids_SK, rest, keep, _Sent(rows.x, slots), hop)
+    return combine(y, slots, hop).astype(rows.x.dtype), inner
 
 
 # ----------------------------------------------------------------------------------------------------------- all rounds
 
 
 def _rounds(
-    x: Array, weights: Array, experts: tuple[Array, Array], choices: _Choices, exchange: Exchange, keep: bool
+    rows: Rows,
+    weights: Array,
+    experts: tuple[Array, Array],
+    choices: _Choices,
+    exchange: Exchange,
+    keep: bool,
+    sent: _Sent | None,
+    by: Hop | None,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The sum of all rounds, float32, and the rounds of the hops after this one.
+    """The sum of all rounds, and the rounds of the hops after this one.
 
     The later rounds are a pair of functions around the first: `_add_rounds` adds their results to the first round's,
     and `_open_rounds`, whose backward pass comes last, their gradients to the first round's gradients. So a step that
     has no later round neither fills arrays of the matrices' size with zeros nor adds them. The gradient of the results
     gets there through `port`, which carries nothing forward.
     """
-    x, weights, experts, port = _open_rounds(x, weights, experts, choices, exchange, int(keep))
-    y, inner = zeros_varying(x.shape, jnp.float32, x), (jnp.zeros_like(choices.rounds),) * (len(exchange.hops) - 1)
+    x, weights, experts, port = _open_rounds(rows.x, weights, experts, choices, sent, by, exchange, int(keep))
+    rows = rows._replace(x=x)
+    y, inner = zeros_varying(x.shape, x.dtype, x), (jnp.zeros_like(choices.rounds),) * (len(exchange.hops) - 1)
     if keep:
-        y, inner = _round(0, x, weights, experts, choices, exchange, keep)
-    return _add_rounds(y, port, inner, x, weights, experts, choices, exchange, int(keep))
+        y, inner = _round(0, rows, weights, experts, choices, exchange, keep)
+    return _add_rounds(y, port, inner, rows, weights, _narrow(experts, x.dtype), choices, exchange, int(keep))
+
+
+def _narrow(experts: tuple[Array, Array], dtype: Any) -> tuple[Array, Array]:
+    """As products take them: a loop that reads them keeps them so, not in float32."""
+    return jax.tree.map(lambda w: lax.stop_gradient(w).astype(dtype), experts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -141,7 +175,7 @@ def _add_rounds(
     y: Array,
     port: Array,
     inner: tuple[Array, ...],
-    x: Array,
+    rows: Rows,
     weights: Array,
     experts: tuple[Array, Array],
     choices: _Choices,
@@ -149,8 +183,8 @@ def _add_rounds(
     first: int,
 ) -> tuple[Array, tuple[Array, ...]]:
     def add(number: Array, sums: tuple) -> tuple:
-        y, inner = _round(number, x, weights, experts, choices, exchange, False)
-        return sums[0] + y, jax.tree.map(jnp.maximum, sums[1], inner)
+        y, inner = _round(number, rows, weights, experts, choices, exchange, False)
+        return plus(sums[0], y), jax.tree.map(jnp.maximum, sums[1], inner)
 
     return lax.fori_loop(first, choices.rounds, add, (y, inner))
 
@@ -167,38 +201,54 @@ def _add_rounds_backward(exchange: Exchange, first: int, _: None, cotangents: tu
 _add_rounds.defvjp(_add_rounds_forward, _add_rounds_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _open_rounds(
-    x: Array, weights: Array, experts: tuple[Array, Array], choices: _Choices, exchange: Exchange, first: int
+    x: Array,
+    weights: Array,
+    experts: tuple[Array, Array],
+    choices: _Choices,
+    sent: _Sent | None,
+    by: Hop | None,
+    exchange: Exchange,
+    first: int,
 ) -> tuple[Array, Array, tuple[Array, Array], Array]:
     """`x`, `weights` and `experts` as they are, and the port."""
-    return x, weights, experts, zeros_varying(x.shape, jnp.float32, x)
+    return x, weights, experts, zeros_varying(x.shape, x.dtype, x)
 
 
-def _open_rounds_forward(x, weights, experts, choices, exchange, first):
-    return _open_rounds(x, weights, experts, choices, exchange, first), (x, weights, experts, choices)
+def _open_rounds_forward(x, weights, experts, choices, sent, by, exchange, first):
+    saved = x if by is None else sent
+    return _open_rounds(x, weights, experts, choices, sent, by, exchange, first), (saved, weights, experts, choices)
 
 
-def _open_rounds_backward(exchange: Exchange, first: int, saved: tuple, cotangents: tuple) -> tuple:
+def _open_rounds_backward(by: Hop | None, exchange: Exchange, first: int, saved: tuple, cotangents: tuple) -> tuple:
     """Tokens' gradients and experts' come from two loops, so that a pipeline can defer the latter."""
-    x, weights, experts, choices = saved
+    source, weights, experts, choices = saved
     dx, dweights, dexperts, dy = cotangents
+    experts = _narrow(experts, dx.dtype)
 
-    def y_of(number: Array, x: Array, weights: Array, experts: tuple[Array, Array]) -> Array:
-        return _round(number, x, weights, experts, choices, exchange, False)[0]
+    def rows_again() -> Rows:
+        if by is None:
+            return Rows.of(source, exchange.fp8)
+        return dispatch(Rows.of(source.x, exchange.fp8), source.slots, by)
+
+    def y_of(number: Array, rows: Rows, weights: Array, experts: tuple[Array, Array]) -> Array:
+        return _round(number, rows, weights, experts, choices, exchange, False)[0]
 
     def add_tokens(number: Array, sums: tuple) -> tuple:
-        _, pull = jax.vjp(lambda x, weights: y_of(number, x, weights, experts), x, weights)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, pull(dy))
+        rows = rows_again()
+        _, pull = jax.vjp(lambda x, weights: y_of(number, rows._replace(x=x), weights, experts), rows.x, weights)
+        return jax.tree.map(plus, sums, pull(dy))
 
     def add_experts(number: Array, sums: tuple) -> tuple:
-        _, pull = jax.vjp(lambda experts: y_of(number, x, weights, experts), experts)
+        rows = rows_again()
+        wide = jax.tree.map(lambda w: w.astype(jnp.float32), experts)  # its gradients are
+        _, pull = jax.vjp(lambda experts: y_of(number, rows, weights, experts), wide)
         return jax.tree.map(jnp.add, sums, pull(dy)[0])
 
-    tokens = (dx.astype(jnp.float32), dweights)
-    dx32, dweights = lax.fori_loop(first, choices.rounds, add_tokens, tokens)
+    dx, dweights = lax.fori_loop(first, choices.rounds, add_tokens, (dx, dweights))
     dexperts = jax.tree.map(lambda d: d.astype(jnp.float32), dexperts)
-    return dx32.astype(x.dtype), dweights, lax.fori_loop(first, choices.rounds, add_experts, dexperts), None
+    return dx, dweights, lax.fori_loop(first, choices.rounds, add_experts, dexperts), None, None
 
 
 _open_rounds.defvjp(_open_rounds_forward, _open_rounds_backward)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.model.shards import widened
 from moejax.pipeline.backward import StageFunctions, trace_stage
 from moejax.pipeline.carry import JOINED, Carry, Outcome, Row, Work, with_outcome
 from moejax.pipeline.interleave import interleave_stages
@@ -33,14 +34,15 @@ class Cells:
             table: the static part of the schedule.
             work: the functions of the model.
             stack: the weights of all parameter copies' layers that this rank holds, [copies x most layers of a stage,
-                ...], varying over every mesh axis. A stage that has fewer layers uses the first places.
+                ...], of any floating-point dtypes, varying over every mesh axis. A stage that has fewer layers uses the
+                first places.
             extras: the weights that `enter` and `leave` read, varying likewise.
             x: an array like those between the stages.
         """
         self.table, self.work, self.stack, self.extras = table, work, stack, extras
         self.x = x
         self.layer_input = x, work.integers(jnp.zeros((), jnp.int32))
-        self.functions: StageFunctions = trace_stage(work.layer, layer_of(stack, 0), self.layer_input)
+        self.functions: StageFunctions = trace_stage(work.layer, widened(layer_of(stack, 0)), self.layer_input)
         self.num_stages, self.depth = table.program.num_stages, max(work.layers)
         self.keeps = not table.program.is_forward_only
         # leaf 0 of a layer's input is x; the others are integers that can be looked up again
@@ -54,7 +56,7 @@ class Cells:
             return jnp.zeros((self.depth, entries, *like.shape), like.dtype)
 
         number_of_layers = jax.tree.leaves(self.stack)[0].shape[0]
-        stats = zero_results(self.work.layer, layer_of(self.stack, 0), self.layer_input)
+        stats = zero_results(self.work.layer, widened(layer_of(self.stack, 0)), self.layer_input)
         outcome = Outcome(
             dstack=zeros(self.stack),
             dextras=zeros(self.extras),
@@ -119,7 +121,11 @@ class Cells:
         carry, x, dx = loop(0, both - last, woven, (carry, x, dx))
         if both is not ahead:
             carry, x = loop(both - last, ahead - last, functools.partial(self.forward_layer, row), (carry, x))
-            backward = functools.partial(self.backward_layer, row, False)
+
+            def backward(count: Array, state: tuple[Carry, Array]) -> tuple[Carry, Array]:
+                carry = self.take(state[0], row, behind - 1 - count)
+                return self.backward_layer(row, False, count, (carry, state[1]), carry.taken)
+
             carry, dx = loop(both - last, behind - last, backward, (carry, dx))
         carry, x, dx = self.once(row, woven_last, (carry, x, dx))
         return self.end_backward(self.end_forward(carry, row, x), row, dx)
@@ -169,12 +175,15 @@ class Cells:
         x, stats, saved = self.functions.forward(weights, given)
         return self.with_forward(carry, row, index, stats, saved), x
 
-    def backward_layer(self, row: Row, put_off: bool, count: Array, state: tuple[Carry, Array]) -> tuple[Carry, Array]:
-        """The layer that has `count` layers after it in its stage."""
+    def backward_layer(
+        self, row: Row, put_off: bool, count: Array, state: tuple[Carry, Array], taken: list[Array] | None = None
+    ) -> tuple[Carry, Array]:
+        """The layer that has `count` layers after it in its stage; `taken`: what its forward left, if not in pools."""
         carry, dx = state
         index = self.num_layers(row.b_stage) - 1 - count
         weights = self.weights(row.b_copy, index)
-        residuals = self.residuals(carry, index, row.b_residual, row.b_microbatch)
+        stored = [get(pool, index, row.b_residual) for pool in carry.residual] if taken is None else taken
+        residuals = self.with_integers(stored, row.b_microbatch)
         if not put_off:
             (dx, _), dweights = self.functions.backward(weights, residuals, dx, self.work.dstats)
             return self.with_gradient(carry, row.b_copy, index, dweights), dx
@@ -260,7 +269,7 @@ class Cells:
 
     def weights(self, copy: Array, index: Array) -> Any:
         """Those of one layer."""
-        return layer_of(self.stack, copy * self.depth + index)
+        return widened(layer_of(self.stack, copy * self.depth + index))
 
     def residuals(self, carry: Carry, index: Array, place: Array, microbatch: Array) -> list[Array]:
         """What the forward pass of a layer left, and its integers, looked up."""
@@ -272,7 +281,7 @@ class Cells:
         return [integers[leaf - 1] if leaf else next(rest) for leaf in self.functions.residual_inputs]
 
     def take(self, carry: Carry, row: Row, index: Array) -> Carry:
-        """Moves what the backward of a layer reads out of the pools, before the forward puts anything into them.
+        """Moves what a layer's backward reads out of the pools, before a forward puts anything into them.
 
         XLA would copy a whole pool where it cannot know that it is read before it is written. So the reading is a
         loop of one trip, of which the pools come out anew: a number is put where it is.

@@ -20,7 +20,7 @@ from moejax.config import ConfigError, MeshConfig, RunConfig
 from moejax.mesh import AXES, BATCH_AXES
 from moejax.model.block import Block, run_block
 from moejax.model.moe import RouterBias
-from moejax.model.shards import gather_for_step, gather_for_use, reduce
+from moejax.model.shards import gather_for_step, gather_for_use, narrowed, reduce
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
 from moejax.pipeline.carry import Outcome, Work
@@ -135,7 +135,7 @@ def _run(config: RunConfig, program: Program, model: Transformer, batch: Any, to
         whole = gather_for_step(model, config.mesh, dtype)
         return run(table, columns, WholePasses(_whole(config, batch, to), whole))
     own, model.moe_blocks = model.moe_blocks, None
-    stack = gather_for_step(to_copies(program, own), config.mesh, dtype)
+    stack = gather_for_step(to_copies(program, narrowed(own, config.mesh, dtype)), config.mesh, dtype)
     x = vary_over(jnp.zeros((rows, length, config.model.hidden_size), dtype), AXES)
     return run(table, columns, Cells(table, _work(config, batch, to), stack, model, x))
 

@@ -18,7 +18,7 @@ from moejax.config import ONE_DEVICE, ConfigError, ModelConfig, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
 from moejax.mesh import BATCH_AXES, one_device_mesh
 from moejax.model.hf import load_hf
-from moejax.model.shards import gather_for_step
+from moejax.model.shards import gather_for_step, widened
 from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
 from moejax.serve.generate import sample_tokens
@@ -77,7 +77,7 @@ class Model:
         def on_each_device(module: Transformer, *inputs: Array) -> Array:
             """The same answer on every device; their maximum is that answer, known to be the same."""
             module, inputs = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), (module, inputs))
-            weights = gather_for_step(module, module.mesh, self.dtype)
+            weights = widened(gather_for_step(module, module.mesh, self.dtype))
             return jax.lax.pmax(function(weights, *inputs), BATCH_AXES)
 
         def answer(module: Transformer, *inputs: Array) -> Array:
