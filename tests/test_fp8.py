@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moejax.ops.experts import routed_swiglu, sort_by_expert
-from moejax.ops.fp8 import quantise_blocks, quantise_columns, quantise_rows
+from moejax.ops.fp8 import dequantise_rows, named, quantise_blocks, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.linear import feed_forward, linear
 
@@ -246,3 +246,17 @@ def test_the_backward_pass_keeps_activations_as_fp8(network):
     _, pull = jax.vjp(run, x)
     kept = [leaf for leaf in jax.tree.leaves(pull) if leaf.ndim == 2 and leaf.shape[0] == 256 and leaf.shape[1] >= 40]
     assert {(leaf.shape[1], leaf.dtype.name) for leaf in kept} == {(96, "float8_e4m3fn"), (80, "float8_e4m3fn")}
+
+
+def test_what_is_kept_under_a_name_is_also_used_unchanged():
+    """JAX rounds what a policy of `jax.checkpoint` saves where it is used; E4M3 above 240 would not survive that."""
+    x = jnp.asarray(np.linspace(-448, 448, 256).reshape(1, 256), jnp.float32)
+
+    def call(scale):
+        rows = named(quantise_rows(x), "kept")
+        return scale * dequantise_rows(rows)
+
+    saving = jax.checkpoint(call, policy=jax.checkpoint_policies.save_only_these_names("kept"))
+    y, pull = jax.jit(lambda scale: jax.vjp(saving, scale))(jnp.ones(()))
+    np.testing.assert_array_equal(y, call(jnp.ones(())))
+    np.testing.assert_allclose(pull(jnp.ones_like(y))[0], y.sum(), rtol=1e-5)

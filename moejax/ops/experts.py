@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.fp8 import ScaledColumns, ScaledRows, quantise_columns, quantise_rows
+from moejax.ops.fp8 import ScaledColumns, ScaledRows, named, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, weighted_swiglu, weighted_swiglu_gradient
 from moejax.varying import vary_like, zeros_varying
@@ -170,7 +170,8 @@ def _swiglu_forward(
     if keep:
         first = _pass(rows, 0, max_rows)
         y, kept = output(hidden(first), first)
-        kept = checkpoint_name(kept, "expert_hidden")
+        name = "expert_hidden"
+        kept = named(kept, name) if isinstance(kept, ScaledRows) else checkpoint_name(kept, name)
     else:
         y = zeros_varying(x.shape, dtype, x)
     more = lambda rows, y: plus(y, output(hidden(rows), rows)[0])  # noqa: E731

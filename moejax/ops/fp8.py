@@ -15,6 +15,8 @@ multiplied, of which K is summed over; M tiles of tokens.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from moejax.kernels.tiles import column_tiles
@@ -150,6 +152,16 @@ def dequantise_blocks(w: ScaledBlocks) -> Float[Array, "E N K"]:
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
+
+
+def named(rows: ScaledRows, name: str) -> ScaledRows:
+    """The rows under a name for policies of `jax.checkpoint`, the values as bytes.
+
+    Of a number that is saved and also used JAX rounds what is used (`reduce_precision`), and XLA takes E4M3 to end at
+    240, as if it had an infinity: larger ones would become NaN.
+    """
+    bits = checkpoint_name(lax.bitcast_convert_type(rows.values, jnp.uint8), name)
+    return ScaledRows(lax.bitcast_convert_type(bits, E4M3), checkpoint_name(rows.scales, name))
 
 
 def one_group(sizes_E: Int[Array, "E"] | None, num_rows: int) -> Int[Array, "E"]:

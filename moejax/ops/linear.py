@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moejax.ops.fp8 import ScaledRows, quantise_both, quantise_columns, quantise_rows
+from moejax.ops.fp8 import ScaledRows, named, quantise_both, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, swiglu
 from moejax.varying import vary_like
@@ -102,7 +102,7 @@ def _scaled_feed_forward_forward(x: Array, gate_up: Array, down: Array) -> tuple
     h_TG = grouped_dot(x_TD, gate_up[None], None, x.dtype)
     u_TF, kept = scaled_swiglu(h_TG, _ones(h_TG))
     y_TD = grouped_dot(u_TF, down[None], None, x.dtype)
-    return y_TD.reshape(x.shape), (x_TD, checkpoint_name(kept, "mlp_hidden"), gate_up, down)
+    return y_TD.reshape(x.shape), (x_TD, named(kept, "mlp_hidden"), gate_up, down)
 
 
 def _scaled_feed_forward_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.ops.exchange import Rows, Slots, Visits, assign_slots, combine, dispatch, dispatch_choices, find_visits
 from moejax.ops.experts import plus, routed_swiglu, sort_by_expert
+from moejax.ops.fp8 import named
 from moejax.ops.hops import Exchange, Hop
 from moejax.ops.routing import expert_counts
 from moejax.varying import vary_over, zeros_varying
@@ -129,12 +130,19 @@ def _round(
     """What round `number` adds to the tokens' results, and the rounds of the hops after this one."""
     hop, each = exchange.hops[0], _experts_each(experts, exchange)
     slots = assign_slots(choices.visits, number, hop)
-    brought = checkpoint_name(dispatch(rows, slots, hop), "dispatched")
+    brought = _kept(dispatch(rows, slots, hop))
     received = dispatch_choices(choices.ids, weights, slots, each, hop)
     ids_SK, weights_SK = checkpoint_name(received, "dispatched_choices")
     rest = dataclasses.replace(exchange, hops=exchange.hops[1:])
     y, inner = _exchanged(brought, weights_SK, experts, ids_SK, rest, keep, _Sent(rows.x, slots), hop)
     return combine(y, slots, hop).astype(rows.x.dtype), inner
+
+
+def _kept(rows: Rows) -> Rows:
+    """Rows that the backward pass is not to send again, kept as they travelled."""
+    if rows.scaled is None:
+        return Rows(checkpoint_name(rows.x, "dispatched"), None)
+    return Rows(rows.x, named(rows.scaled, "dispatched"))
 
 
 # ----------------------------------------------------------------------------------------------------------- all rounds
