@@ -30,6 +30,7 @@ from moejax.pipeline import schedule
 
 if TYPE_CHECKING:
     from moejax.mesh import simulate
+    from moejax.plan.plan import Plan
     from moejax.serve.load import load
     from moejax.train.run import RunResult
 
@@ -48,21 +49,29 @@ __all__ = [
     "OptimizerConfig",
     "Phase",
     "PipelineConfig",
+    "Plan",
     "RunConfig",
     "RunResult",
     "ScheduleConfig",
     "YarnConfig",
     "load",
     "load_config",
+    "plan",
     "schedule",
     "simulate",
     "train",
 ]
 
-_LOADED_ON_USE = {"RunResult": "moejax.train.run", "load": "moejax.serve.load", "simulate": "moejax.mesh"}
+_LOADED_ON_USE = {
+    "Plan": "moejax.plan.plan",
+    "RunResult": "moejax.train.run",
+    "load": "moejax.serve.load",
+    "simulate": "moejax.mesh",
+}
 
-# The package of the same name would take the place of the function `train` when it is first imported: import it before.
+# The packages of the same names would take the places of `train` and `plan` when first imported: import them before.
 importlib.import_module("moejax.train")
+importlib.import_module("moejax.plan")
 
 
 def train(config: RunConfig, **options: Any) -> "RunResult":
@@ -72,6 +81,11 @@ def train(config: RunConfig, **options: Any) -> "RunResult":
     """
     config = importlib.import_module("moejax.launch.join").join(config)
     return importlib.import_module("moejax.train.loop").train(config, **options)
+
+
+def plan(config: RunConfig, hardware: Any = "h800", devices: int | None = None) -> "Plan":
+    """The memory, the time and the cost of a run; arguments and errors are `moejax.plan.plan.plan`'s."""
+    return importlib.import_module("moejax.plan.plan").plan(config, hardware, devices)
 
 
 def __getattr__(name: str) -> Any:

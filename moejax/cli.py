@@ -5,7 +5,8 @@
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show, copy or export the checkpoints of a run
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
-    moejax schedule NAME [--stages N ...]            a pipeline schedule as text and picture, and what it costs
+    moejax schedule [--kind NAME --stages N ...]     a pipeline schedule as text and picture, and what it costs
+    moejax plan CONFIG [--any.field value ...]       memory, time and cost of a run, before anyone rents a GPU
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
@@ -20,11 +21,13 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 from rich.console import Console
 
+from moejax.commands.parser import Parser
+from moejax.commands.plan import plan_command
+from moejax.commands.schedule import schedule_command
 from moejax.config import ConfigError, DataConfig, RunConfig
 from moejax.config_source import USAGE, load_config, override
 from moejax.launch.join import is_joined, join, leave
@@ -71,7 +74,8 @@ def _run(words: list[str]) -> int:
         "generate": _generate,
         "checkpoints": _checkpoints,
         "train-tokenizer": _train_tokenizer,
-        "schedule": _schedule,
+        "schedule": schedule_command,
+        "plan": plan_command,
     }
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -127,7 +131,7 @@ def _show(words: list[str]) -> int:
 
 
 def _generate(words: list[str]) -> int:
-    parser = _Parser("generate", "Continues a prompt with a trained model's samples.")
+    parser = Parser("generate", "Continues a prompt with a trained model's samples.")
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", default="", help="start of the text")
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens that are added at most")
@@ -149,7 +153,7 @@ def _generate(words: list[str]) -> int:
 
 
 def _checkpoints(words: list[str]) -> int:
-    parser = _Parser("checkpoints", "Lists, verifies, shows, copies or exports the checkpoints of a run.")
+    parser = Parser("checkpoints", "Lists, verifies, shows, copies or exports the checkpoints of a run.")
     parser.add_argument("run", metavar="RUN", help="run folder; for list and copy also an address with copies")
     actions = {
         "list": "all",
@@ -233,7 +237,7 @@ def _print_rows(rows: object) -> None:
 
 
 def _train_tokenizer(words: list[str]) -> int:
-    parser = _Parser("train-tokenizer", "Trains a byte-level BPE tokenizer on text and writes its tokenizer.json.")
+    parser = Parser("train-tokenizer", "Trains a byte-level BPE tokenizer on text and writes its tokenizer.json.")
     parser.add_argument("files", metavar="FILES", nargs="+", help="files, folders or globs, as in data.train")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, special ones included")
     parser.add_argument("--out", default="tokenizer.json", help="file that is written")
@@ -246,49 +250,3 @@ def _train_tokenizer(words: list[str]) -> int:
     tokens = train_tokenizer(options.files, options.vocab_size, options.out, reading)
     print(f"{options.out}: {tokens} tokens")
     return DONE
-
-
-def _schedule(words: list[str]) -> int:
-    parser = _Parser(
-        "schedule", "Draws a pipeline schedule and says what it costs. Defaults: the V3 report's Figure 5."
-    )
-    parser.add_argument("name", metavar="NAME", help="gpipe, one_f_one_b, zb1p, dualpipe or dualpipe_v")
-    parser.add_argument("--stages", type=int, default=8, help="parts of the model; dualpipe_v has two on a rank")
-    parser.add_argument("--microbatches", type=int, default=20, help="of a step, both directions together")
-    parser.add_argument("--max-deferred-w", type=int, help="weight gradients that a rank puts off at most")
-    times = "times of F, I, W, B, FB and send, e.g. F=1 I=1.1 W=0.9 FB=2.5; F, I, W are 1 and B, FB the sum by default"
-    parser.add_argument("--costs", nargs="+", metavar="KIND=TIME", default=[], help=times)
-    parser.add_argument("--png", metavar="FILE", help="picture that is written")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON, every cell with its start and end")
-    options = parser.parse_args(words)
-    from moejax.pipeline.schedule import named
-    from moejax.pipeline.simulate import Costs, simulate
-    from moejax.pipeline.table import build
-    from moejax.report.schedule import as_text, describe, save_schedule
-
-    costs = Costs.parsed(options.costs)
-    program = named(options.name, options.stages, options.microbatches, max_deferred_w=options.max_deferred_w)
-    timeline = simulate(program, costs)
-    facts = describe(build(program), timeline, costs)
-    if options.json:
-        print(json.dumps(facts))
-    else:
-        Console(highlight=False).print(as_text(facts, timeline), soft_wrap=True, end="")
-    if options.png:
-        try:
-            save_schedule(timeline, options.png)
-        except OSError as error:
-            raise ConfigError("--png", options.png, f"a file that can be written ({error.strerror})") from error
-    return DONE
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ConfigErrors, and whose help shows the defaults."""
-
-    def __init__(self, command: str, description: str):
-        form = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(f"moejax {command}", description=description, formatter_class=form, allow_abbrev=False)
-        self.command = command
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(self.command, message, f"what {self.prog} --help says")

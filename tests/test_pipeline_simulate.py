@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from test_pipeline_schedule import programs
 
 from moejax.config import ConfigError
+from moejax.pipeline.replay import execute
 from moejax.pipeline.schedule import SCHEDULES, Op, dualpipe, named, one_f_one_b
 from moejax.pipeline.simulate import (
     Costs,
     ScheduleError,
+    StageCosts,
     activations,
     deferred_w,
     event_of,
@@ -18,6 +20,7 @@ from moejax.pipeline.simulate import (
     published_bubble,
     simulate,
 )
+from moejax.pipeline.table import build
 
 QUARTERS = st.integers(1, 12).map(lambda quarters: quarters / 4)  # sums of them are exact
 COSTS = st.builds(Costs, F=QUARTERS, I=QUARTERS, W=QUARTERS, FB=st.none() | QUARTERS, send=QUARTERS | st.just(0.0))
@@ -199,3 +202,50 @@ def test_bad_cost_is_one_line(word, line):
     with pytest.raises(ConfigError) as error:
         Costs.parsed([word])
     assert str(error.value) == line
+
+
+# ------------------------------------------------------------------------------------------------- stages that differ
+
+
+def per_stage(program, costs, scale=lambda stage: 1.0, after=0.0):
+    """`costs` for each stage, times what `scale` says of it."""
+    stages = range(program.num_stages)
+    times = {"F": costs.F, "B": costs.full_backward, "I": costs.I, "W": costs.W}
+    single = {(kind, stage): time * scale(stage) for kind, time in times.items() for stage in stages}
+    joined = {(a, b): single["F", a] + single["B", b] for a in stages for b in stages}
+    return StageCosts(single=single, joined=joined, after=dict.fromkeys(joined, after), send=costs.send)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_equal_stages_cost_what_a_single_number_says(name):
+    program, costs = named(name, 4, 8), Costs(F=1.5, I=2.0, W=0.5, send=0.25)
+    assert simulate(program, per_stage(program, costs)) == simulate(program, costs)
+    table = build(program)
+    assert execute(table, per_stage(program, costs)) == execute(table, costs)
+
+
+def test_every_cell_takes_the_time_of_its_own_stages():
+    program = dualpipe(4, 8)
+    costs = per_stage(program, Costs(), scale=lambda stage: 1.0 + stage)
+    for rank, spans in enumerate(simulate(program, costs).spans):
+        for start, end, cell in spans:
+            units = {"F": 1, "B": 2, "I": 1, "W": 1}
+            want = sum(units[op.kind] * (1 + (rank if op.chunk == 0 else 3 - rank)) for op in cell)
+            assert end - start == pytest.approx(want, abs=1e-9)
+
+
+def test_a_slow_stage_sets_the_pace():
+    program = one_f_one_b(4, 32)
+    slow = simulate(program, per_stage(program, Costs(), scale=lambda stage: 3.0 if stage == 3 else 1.0))
+    assert slow.bubble[3] == simulate(program).bubble[3] and slow.makespan > 3 * 32 * 3
+
+
+def test_what_comes_after_a_joined_cells_results_holds_no_other_rank_up():
+    program = dualpipe(4, 8)
+    late = simulate(program, per_stage(program, Costs(send=0.5), after=0.5))
+    assert late.makespan < simulate(program, per_stage(program, Costs(send=0.5))).makespan
+    table = build(program)
+    assert (
+        execute(table, per_stage(program, Costs(send=0.5), after=0.5)).makespan
+        <= execute(table, Costs(send=0.5)).makespan
+    )

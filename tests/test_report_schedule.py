@@ -68,12 +68,15 @@ def run(*words):
 
 
 def test_text_of_dualpipe(capsys):
-    assert run("dualpipe", "--stages", 4, "--microbatches", 8) == 0
+    assert run("--stages", 4, "--microbatches", 8) == 0
     assert capsys.readouterr().out == DUALPIPE_4_8
 
 
 def test_text_is_in_units_of_the_shortest_cell(capsys):
-    assert run("one_f_one_b", "--stages", 2, "--microbatches", 2, "--costs", "F=2", "send=2", "I=1.5", "W=0.5") == 0
+    assert (
+        run("--kind", "one_f_one_b", "--stages", 2, "--microbatches", 2, "--costs", "F=2", "send=2", "I=1.5", "W=0.5")
+        == 0
+    )
     lines = capsys.readouterr().out.splitlines()
     assert tuple(line.removeprefix(f"rank {rank}   ") for rank, line in enumerate(lines[2:4])) == COARSE_1F1B
 
@@ -100,7 +103,9 @@ def test_picture_of_a_long_schedule_stays_within_its_width():
 
 def test_png_and_json_are_written(tmp_path, capsys):
     path = tmp_path / "new" / "picture.png"
-    assert run("zb1p", "--stages", 2, "--microbatches", 3, "--max-deferred-w", 1, "--json", "--png", path) == 0
+    assert (
+        run("--kind", "zb1p", "--stages", 2, "--microbatches", 3, "--max-deferred-w", 1, "--json", "--png", path) == 0
+    )
     assert path.read_bytes().startswith(b"\x89PNG") and list(path.parent.iterdir()) == [path]
     facts = json.loads(capsys.readouterr().out)
     program = named("zb1p", 2, 3, max_deferred_w=1)
@@ -115,17 +120,23 @@ def test_png_and_json_are_written(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("dualpipe --stages 7", "stages=7: wanted an even number; the nearest: 6 or 8"),
+        ("--stages 7", "stages=7: wanted an even number; the nearest: 6 or 8"),
         (
-            "dualpipe --microbatches 12",
+            "--microbatches 12",
             "microbatches=12: wanted an even number, at least 2 * stages = 16; the nearest: 16",
         ),
-        ("pipedream", "schedule='pipedream': wanted one of gpipe, one_f_one_b, zb1p, dualpipe, dualpipe_v"),
-        ("zb1p --max-deferred-w -1", "max_deferred_w=-1: wanted 0 or more"),
-        ("zb1p --costs F=x", "costs='F=x': wanted KIND=TIME, as in F=1.5"),
-        ("zb1p --stages many", "argument --stages: invalid int value: 'many'"),
-        ("zb1p --stages 2 --png /proc/none/x.png", "--png='/proc/none/x.png': wanted a file that can be written"),
-        ("", "the following arguments are required: NAME"),
+        ("--kind pipedream", "schedule='pipedream': wanted one of gpipe, one_f_one_b, zb1p, dualpipe, dualpipe_v"),
+        ("--kind zb1p --max-deferred-w -1", "max_deferred_w=-1: wanted 0 or more"),
+        ("--kind zb1p --costs F=x", "costs='F=x': wanted KIND=TIME, as in F=1.5"),
+        ("--kind zb1p --stages many", "argument --stages: invalid int value: 'many'"),
+        (
+            "--kind zb1p --stages 2 --png /proc/none/x.png",
+            "FILE='/proc/none': wanted a file that can be read or written",
+        ),
+        ("dualpipe", "unrecognized arguments: dualpipe"),
+        ("--compare --stages 4 --microbatches 3", "microbatches=3: wanted an even number, at least 2 * stages = 8"),
+        ("--trace /proc/none/x.json", "FILE='/proc/none/x.json': wanted a file that can be read or written"),
+        ("--trace x.json --measured none.json", "FILE='none.json': wanted a file that can be read or written"),
     ],
 )
 def test_bad_input_is_one_line(words, line, capsys):
@@ -135,8 +146,72 @@ def test_bad_input_is_one_line(words, line, capsys):
 
 
 def test_costs_of_a_run_are_shown(capsys):
-    assert run("dualpipe", "--costs", "FB=2.5", "--json") == 0
+    assert run("--costs", "FB=2.5", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     costs = Costs(FB=2.5)
     assert facts["makespan"] == simulate(dualpipe(8, 20), costs).makespan < facts["executed_makespan"]
     assert facts["bubble_published"] == 3 * (2.5 + 2 - 3)
+
+
+# ------------------------------------------------------------------------------------------------- comparison and trace
+
+TABLE_2 = {  # of 8 stages and 20 micro-batches with F = I = W = 1: bubble, parameters, activations, ranks
+    "gpipe": (21, 1, 20, 8),
+    "one_f_one_b": (21, 1, 8, 8),
+    "zb1p": (7, 1, 8, 8),
+    "dualpipe": (6, 2, 9, 8),
+    "dualpipe_v": (6, 2, 9, 4),
+}
+
+
+def test_comparison_is_table_2(capsys):
+    assert run("--compare", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    got = {row["name"]: (row["bubble"], row["parameters"], row["activations"], row["ranks"]) for row in rows}
+    assert got == TABLE_2
+    for row in rows:
+        assert (row["bubble"], row["activations"]) == (row["bubble_published"], row["activations_published"])
+
+
+def test_comparison_is_a_table(capsys):
+    assert run("--compare", "--costs", "FB=2.5") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and "(PP/2-1)(F&B+B-3W)" in lines[4] and " 4.5 " in lines[4]
+
+
+def test_trace_has_every_op_at_its_time(tmp_path, capsys):
+    path = tmp_path / "trace.json"
+    assert run("--stages", 4, "--microbatches", 8, "--trace", path) == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["ph"] == "M"]
+    assert names == ["dualpipe, simulated", "rank 0", "rank 1", "rank 2", "rank 3"]
+    boxes = [event for event in events if event["ph"] == "X"]
+    program = dualpipe(4, 8)
+    ops = [(rank, str(op)) for rank, cells in enumerate(program.cells) for cell in cells for op in cell]
+    assert [(box["tid"], box["name"]) for box in boxes] == ops
+    assert max(box["ts"] + box["dur"] for box in boxes) == 26_000  # a unit is a millisecond
+    busy = {rank: sum(box["dur"] for box in boxes if box["tid"] == rank) for rank in range(4)}
+    assert busy == dict.fromkeys(range(4), 24_000)
+    assert boxes[-1]["args"] == {"stage": 0, "chunk": 1, "microbatch": 3}
+
+
+def test_measured_times_stand_beside_the_simulated(tmp_path, capsys):
+    measured, path = tmp_path / "measured.json", tmp_path / "trace.json"
+    assert run("--kind", "zb1p", "--stages", 2, "--microbatches", 3, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    for cell in (cell for rank in facts["cells"] for cell in rank):
+        cell["start"], cell["end"] = 2 * cell["start"], 2 * cell["end"]
+    measured.write_text(json.dumps(facts))
+    assert run("--kind", "zb1p", "--stages", 2, "--microbatches", 3, "--trace", path, "--measured", measured) == 0
+    boxes = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
+    first, second = ([box for box in boxes if box["pid"] == process] for process in (0, 1))
+    assert [box["name"] for box in first] == [box["name"] for box in second]
+    assert [2 * box["ts"] for box in first] == [box["ts"] for box in second]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"cells": [[{"start": 0, "end": 1}]]}'], ids=["broken", "empty", "other"])
+def test_measured_times_of_something_else_are_refused(text, tmp_path, capsys):
+    measured = tmp_path / "measured.json"
+    measured.write_text(text)
+    assert run("--trace", tmp_path / "trace.json", "--measured", measured) == 2
+    assert "--measured=" in capsys.readouterr().err

@@ -11,34 +11,10 @@ gradients, gathered weights, exchange buffers). `ideal` is the one-device total 
 import argparse
 import dataclasses
 
-import jax
-import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from moejax.config import MeshConfig, RunConfig
+from moejax.config import MeshConfig
 from moejax.config_source import load_config
-from moejax.data.batches import Batch
-from moejax.mesh import BATCH_AXES, make_mesh, resolve, simulate
-from moejax.train.state import abstract_state
-from moejax.train.step import StepSettings, make_train_step
-
-
-def step_bytes(config: RunConfig) -> tuple[int, int]:
-    """Bytes per device of the compiled step: of the state it is given, and of everything else."""
-    devices = config.mesh.pipe * config.mesh.batch_shards
-    config = resolve(config, devices)
-    mesh = make_mesh(config.mesh, jax.devices()[:devices])
-    rows, length = config.data.batch_size, config.data.sequence_length + 1
-
-    def abstract(shape: tuple[int, ...], dtype: type, spec: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    batch = Batch(*(abstract((rows, length), kind, P(BATCH_AXES)) for kind in (np.int32, np.int32, np.bool_)))
-    settings = StepSettings(*(abstract((), np.float32, P()) for _ in range(3)))
-    step = make_train_step(config, mesh).lower(abstract_state(config, mesh), batch, settings)
-    memory = step.compile(compiler_options={"xla_backend_optimization_level": 0}).memory_analysis()
-    return memory.argument_size_in_bytes, memory.temp_size_in_bytes
+from moejax.mesh import BATCH_AXES, simulate
+from moejax.plan.compile import compile_step
 
 
 def meshes(devices: int) -> list[MeshConfig]:
@@ -64,10 +40,12 @@ def main() -> None:
     whole, devices = None, 1
     while devices <= options.most:
         for mesh in meshes(devices):
-            state, temporary = step_bytes(dataclasses.replace(config, mesh=mesh))
-            whole = whole or state + temporary
+            run = dataclasses.replace(config, mesh=mesh)
+            compiled = compile_step(run, options={"xla_backend_optimization_level": 0})
+            state, temporary = compiled.argument_bytes, compiled.temporary_bytes
+            whole = whole or compiled.bytes
             lengths = " x ".join(f"{axis} {n}" for axis in BATCH_AXES if (n := getattr(mesh, axis)) > 1) or "1"
-            sizes = [f"{size / 1e6:.1f}" for size in (state, temporary, state + temporary, whole / devices)]
+            sizes = [f"{size / 1e6:.1f}" for size in (state, temporary, compiled.bytes, whole / devices)]
             print(f"| {devices} | {lengths} | {mesh.sharding} | {' | '.join(sizes)} |", flush=True)
         devices *= 2
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moejax.pipeline.schedule import Cell, Op
-from moejax.pipeline.simulate import UNIT, Costs, ScheduleError, Span, Timeline
+from moejax.pipeline.simulate import UNIT, Costs, ScheduleError, Span, StageCosts, Timeline
 from moejax.pipeline.table import POOL_OF, Edges, Table, Transfer
 
 
@@ -40,7 +40,7 @@ def check(table: Table) -> None:
             raise ScheduleError(f"{table.program.name}: rank {rank} does not run the cells of its program")
 
 
-def execute(table: Table, costs: Costs = UNIT) -> Timeline:
+def execute(table: Table, costs: Costs | StageCosts = UNIT) -> Timeline:
     """When every rank runs its cells if they go through the table slot by slot.
 
     At the end of a slot the ranks that a transfer connects, directly or through others, wait for one another: the time
@@ -51,14 +51,17 @@ def execute(table: Table, costs: Costs = UNIT) -> Timeline:
     now = [0.0] * len(cells)
     spans: list[list[Span]] = [[] for _ in cells]
     for slot in range(table.num_slots):
+        ready = list(now)  # to send
         for rank, own in enumerate(cells):
             if slot in own:
-                spans[rank].append(Span(now[rank], now[rank] + costs.cell(own[slot]), own[slot]))
+                cell, stages = own[slot], table.program.stages_of(rank, own[slot])
+                spans[rank].append(Span(now[rank], now[rank] + costs.cell(cell, stages), cell))
                 now[rank] = spans[rank][-1].end
+                ready[rank] = now[rank] - costs.late(cell, stages)
         for group in groups[table.transfer[slot]]:
-            together = max(now[rank] for rank in group) + costs.send
+            together = max(ready[rank] for rank in group) + costs.send
             for rank in group:
-                now[rank] = together
+                now[rank] = max(now[rank], together)
     return Timeline(table.program, tuple(map(tuple, spans)))
 
 

@@ -17,6 +17,7 @@ Sources: DeepSeek-V3 report (arXiv:2412.19437) section 3.2.1, Figure 5 and Table
 of the eight steps; Qi et al. (arXiv:2401.10241) for ZB1P, called ZB-H1 there.
 """
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -89,6 +90,10 @@ class Program:
     def stage(self, rank: int, chunk: int) -> int:
         """The stage that is this chunk of this rank."""
         return rank if chunk == 0 else self.num_stages - 1 - rank
+
+    def stages_of(self, rank: int, cell: Cell) -> tuple[int, ...]:
+        """The stages of a cell's ops."""
+        return tuple(self.stage(rank, op.chunk) for op in cell)
 
     def beside(self, rank: int, chunk: int, step: int) -> tuple[int, int] | None:
         """Rank and chunk of the stage `step` further along a micro-batch's way; None beyond the first or last."""
@@ -223,6 +228,7 @@ SCHEDULES: dict[str, Callable[[int, int], Program]] = {
 }
 
 
+@functools.lru_cache(maxsize=64)
 def named(name: str, stages: int, microbatches: int, *, max_deferred_w: int | None = None) -> Program:
     """The schedule of that name, at most `max_deferred_w` weight gradients put off.
 

@@ -6,7 +6,7 @@ Times are in any unit. A cell starts when its rank is free and everything that i
 import dataclasses
 import math
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,14 +61,38 @@ class Costs:
         """Time of F&B."""
         return self.F + self.full_backward if self.FB is None else self.FB
 
-    def cell(self, cell: Cell) -> float:
-        """Time of a cell; of an idle one, (), 0."""
+    def late(self, cell: Cell, stages: tuple[int, ...] = ()) -> float:
+        """Of a cell's time the end, for which no other rank waits: none."""
+        return 0.0
+
+    def cell(self, cell: Cell, stages: tuple[int, ...] = ()) -> float:
+        """Time of a cell, whatever its stages; of an idle one, (), 0."""
         if len(cell) == 2:
             return self.joined
         return sum({"F": self.F, "I": self.I, "W": self.W, "B": self.full_backward}[op.kind] for op in cell)
 
 
 UNIT = Costs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCosts:
+    """How long things take where stages differ."""
+
+    single: Mapping[tuple[str, int], float]  # of a kind and a stage
+    joined: Mapping[tuple[int, int], float]  # of a pair: the stage of its F, and of its B
+    after: Mapping[tuple[int, int], float]  # of a pair: what of its time comes after its results, which leave before
+    send: float = 0.0  # from one rank to another
+
+    def late(self, cell: Cell, stages: tuple[int, ...]) -> float:
+        """Of a cell's time the end, for which no other rank waits."""
+        return self.after[stages[0], stages[1]] if len(cell) == 2 else 0.0
+
+    def cell(self, cell: Cell, stages: tuple[int, ...]) -> float:
+        """Time of a cell whose ops are of these stages; of an idle one 0."""
+        if len(cell) == 2:
+            return self.joined[stages[0], stages[1]]
+        return sum(self.single[op.kind, stage] for op, stage in zip(cell, stages, strict=True))
 
 
 class Span(NamedTuple):
@@ -98,7 +122,7 @@ class Timeline:
         return self.makespan - np.array(busy)
 
 
-def simulate(program: Program, costs: Costs = UNIT) -> Timeline:
+def simulate(program: Program, costs: Costs | StageCosts = UNIT) -> Timeline:
     """Runs every cell as soon as it can.
 
     Raises:
@@ -120,9 +144,10 @@ def simulate(program: Program, costs: Costs = UNIT) -> Timeline:
                 break
             arrived = [ended[event] + (costs.send if event.rank != rank else 0.0) for event in needs]
             start = max([spans[rank][-1].end if spans[rank] else 0.0, *arrived])
-            spans[rank].append(Span(start, start + costs.cell(cell), cell))
+            stages = program.stages_of(rank, cell)
+            spans[rank].append(Span(start, start + costs.cell(cell, stages), cell))
             for event in own:
-                ended[event] = spans[rank][-1].end
+                ended[event] = spans[rank][-1].end - costs.late(cell, stages)
                 awake.extend(asleep.pop(event, ()))
     if asleep:
         waits = (

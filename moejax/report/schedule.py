@@ -134,7 +134,7 @@ def _shortest(timeline: Timeline) -> float:
     return min(end - start for spans in timeline.spans for start, end, _ in spans)
 
 
-def _pieces(span: Span) -> list[tuple[Op, float, float]]:
+def pieces(span: Span) -> list[tuple[Op, float, float]]:
     """The ops of a cell with their start and end; the two of a joined pair share its time as 1 to 2."""
     start, end, cell = span
     if len(cell) == 1:
@@ -145,7 +145,7 @@ def _pieces(span: Span) -> list[tuple[Op, float, float]]:
 
 def _letters(spans: tuple[Span, ...], makespan: float, unit: float) -> str:
     letters = ["."] * round(makespan / unit)
-    for op, start, end in (piece for span in spans for piece in _pieces(span)):
+    for op, start, end in (piece for span in spans for piece in pieces(span)):
         letter = op.kind if op.chunk == 0 else op.kind.lower()
         for at in range(round(start / unit), min(round(end / unit), len(letters))):
             letters[at] = letter
@@ -157,7 +157,7 @@ def _draw_cells(axes: Axes, timeline: Timeline) -> None:
     for rank, spans in enumerate(timeline.spans):
         for span in spans:
             joined = len(span.cell) == 2
-            for op, start, end in _pieces(span):
+            for op, start, end in pieces(span):
                 boxes.append(Rectangle((start, rank), end - start, 1))
                 colours.append(COLOURS[op.kind][op.chunk])
                 lines.append(0 if joined else 0.4)
@@ -169,7 +169,7 @@ def _draw_cells(axes: Axes, timeline: Timeline) -> None:
 
 def _draw_numbers(axes: Axes, timeline: Timeline, size: float) -> None:
     for rank, spans in enumerate(timeline.spans):
-        for op, start, end in (piece for span in spans for piece in _pieces(span)):
+        for op, start, end in (piece for span in spans for piece in pieces(span)):
             colour = ("black", "white")[op.chunk]
             at = (start + end) / 2, rank + 0.5, str(op.microbatch)
             axes.text(*at, ha="center", va="center_baseline", color=colour, fontsize=size)

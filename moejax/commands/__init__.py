@@ -1,0 +1,1 @@
+"""Commands of the command line that outgrew `moejax.cli`, one a file."""
