@@ -3,7 +3,9 @@
     python -m moejax train configs/deepseek_v3.py --data.train TEXT... --data.tokenizer tokenizer.json MESH
 
 MESH on DeepSeek's 2048 GPUs is --mesh.pipe 16 --mesh.data 2 --mesh.expert 64 --mesh.expert-nodes 8. What a GPU has to
-hold there is in tools/RESULTS.md: 80 GB are enough in FP8, with the slack and the deferral that are set here.
+hold there is in tools/RESULTS.md: 84 GB in FP8, with the slack and the deferral that are set here. DualPipe on 16
+stages takes 32 micro-batches at least, so that the batch cannot start at 3072 sequences there: add
+--schedule.ramp-start 4096 --schedule.ramp-increment 1024.
 
 Expect 671,026,419,200 parameters (and 11,610,068,224 of the MTP module), 37.6B of them at work on each token, 250 GFLOP
 a token at this length, 14.8T tokens in about 245,000 steps. DeepSeek used 2,664,000 GPU-hours of the H800. The sizes

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from moejax.varying import vary_like
+
 TILE = 128
 LARGEST = 15  # exponent below which a tile's largest number is scaled to lie; the format holds numbers twice as large
 
@@ -32,7 +34,7 @@ def pack(x_BI: Float[Array, "*B I"]) -> Packed:
     width = x_BI.shape[-1]
     tiles = _tiled(x_BI.astype(jnp.float32), TILE)
     _, exponent = jnp.frexp(jnp.abs(tiles).max(-1))
-    scales = jnp.ldexp(jnp.float32(1), jnp.clip(exponent - LARGEST, -100, 127))
+    scales = vary_like(jnp.ldexp(jnp.float32(1), jnp.clip(exponent - LARGEST, -100, 127)), tiles)  # as in fp8.py
     halves = (tiles / scales[..., None]).astype(jnp.float16).reshape(*x_BI.shape[:-1], -1)[..., :width]
     bits = lax.bitcast_convert_type(halves, jnp.uint16)
     bits = (bits + 7 + ((bits >> 4) & 1)) >> 4

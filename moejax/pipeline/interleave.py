@@ -229,7 +229,11 @@ def _work(eqn: jc.JaxprEqn) -> float:
     if name == "dot_general":
         ((summed, _), _), left = params["dimension_numbers"], _shape(eqn.invars[0])
         return 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[dim] for dim in summed)
-    arrays = [*eqn.invars, *eqn.outvars[params.get("num_carry", 0) :]]
+    results = eqn.outvars
+    if name == "scan":  # those that are stacked, not the carry
+        inner = params["jaxpr"].jaxpr.outvars
+        results = [v for v, own in zip(results, inner, strict=True) if _shape(v) != _shape(own)]
+    arrays = [*eqn.invars, *results]
     # of [m, k], [k, n] and [m, n] the root of the product of the sizes is m * k * n; a loop has a matrix for each trip
     largest = sorted(math.prod(_shape(v)) for v in arrays)[-3:]
     return 2.0 * math.sqrt(math.prod(largest) / params.get("length", 1))
