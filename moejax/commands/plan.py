@@ -14,6 +14,7 @@ from rich.table import Table
 from moejax.commands.parser import Parser
 from moejax.config import ConfigError, RunConfig
 from moejax.config_source import load_config
+from moejax.mesh import simulate
 
 if TYPE_CHECKING:
     from moejax.plan.compile import CompiledStep
@@ -50,6 +51,8 @@ def _search(config: RunConfig, chip: "Hardware", options: argparse.Namespace) ->
 def _plan(config: RunConfig, chip: "Hardware", options: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     from moejax.plan.plan import as_json, as_table, plan
 
+    if options.compile and options.target == "cpu":
+        simulate(_devices(config, options))  # before the estimate traces anything, which starts JAX
     made = plan(config, chip, options.devices)
     facts, shown = as_json(made), [as_table(made)]
     if options.compile:
