@@ -228,7 +228,7 @@ def compiled_pipeline(ranks, microbatches):
 
     def layer(weights, given):
         x, _ = given
-        return x + jnp.tanh(x @ weights), jnp.zeros(())
+        return x + jnp.tanh(x @ weights.astype(x.dtype)), jnp.zeros(())
 
     def leave(extras, y, microbatch):
         loss = y.astype(jnp.float32).sum()
