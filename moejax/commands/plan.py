@@ -14,7 +14,6 @@ from rich.table import Table
 from moejax.commands.parser import Parser
 from moejax.config import ConfigError, RunConfig
 from moejax.config_source import load_config
-from moejax.mesh import simulate
 
 if TYPE_CHECKING:
     from moejax.plan.compile import CompiledStep
@@ -49,6 +48,7 @@ def _search(config: RunConfig, chip: "Hardware", options: argparse.Namespace) ->
 
 
 def _plan(config: RunConfig, chip: "Hardware", options: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
+    from moejax.mesh import simulate
     from moejax.plan.plan import as_json, as_table, plan
 
     if options.compile and options.target == "cpu":

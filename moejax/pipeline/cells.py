@@ -182,8 +182,10 @@ class Cells:
         carry, dx = state
         index = self.num_layers(row.b_stage) - 1 - count
         weights = self.weights(row.b_copy, index)
-        stored = [get(pool, index, row.b_residual) for pool in carry.residual] if taken is None else taken
-        residuals = self.with_integers(stored, row.b_microbatch)
+        if taken is None:
+            residuals = self.residuals(carry, index, row.b_residual, row.b_microbatch)
+        else:
+            residuals = self.with_integers(taken, row.b_microbatch)
         if not put_off:
             (dx, _), dweights = self.functions.backward(weights, residuals, dx, self.work.dstats)
             return self.with_gradient(carry, row.b_copy, index, dweights), dx

@@ -229,7 +229,7 @@ def _least_bytes(config: RunConfig) -> float:
         own = weight.layers / config.mesh.pipe if weight.part == "moe_blocks" else weight.layers
         total += state * own * weight.shard
         if weight.part == "moe_blocks" and config.mesh.sharding == "zero1":
-            total += copies * own * weight.whole * 8  # both in FP32 (`shards.widened`)
+            total += copies * own * weight.whole * (weight.use_bytes + 4)  # gradients are float32
     return total + (max(lay_out(config).layers) * _in_flight(program) * kept_bytes(config) if piped else 0.0)
 
 
