@@ -46,7 +46,8 @@ def cached(decoder, tokens, sizes):
     outs, start = [[] for _ in range(len(decoder.mtp) + 1)], 0
     for size in sizes:
         positions = jnp.broadcast_to(jnp.arange(start, start + size), (len(tokens), size))
-        x, cache = run_blocks(decoder, embedded(decoder, tokens[:, start : start + size], jnp.float32), positions, cache)
+        x = embedded(decoder, tokens[:, start : start + size], jnp.float32)
+        x, cache = run_blocks(decoder, x, positions, cache)
         normed = final_norm(decoder, x)
         outs[0].append(scores(decoder, normed))
         hidden = normed if decoder.cfg.mtp.after_final_norm else x

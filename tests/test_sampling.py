@@ -65,7 +65,7 @@ def test_key_of_a_token_is_its_own():
 
 
 def test_accepted_drafts_leave_the_probabilities_as_they_are():
-    """Two drafts, of probabilities far from the model's: each place's tokens have the model's, and so have the pairs."""
+    """Two drafts, of other probabilities than the model's: the tokens of each place have the model's."""
     rng = np.random.default_rng(3)
     model, draft = (rng.dirichlet(np.full(4, 0.7), size=3) for _ in range(2))
     q = np.broadcast_to(draft[:2], (DRAWS, 2, 4)).astype(np.float32)

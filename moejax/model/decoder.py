@@ -50,10 +50,10 @@ class Decoder:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Of each attention what it has to keep of every token: [B, M, E], in the dtype of the compute."""
+    """Of each attention an array [B, M, E]: what it has to keep of every token, in the dtype of the compute."""
 
-    blocks: tuple[Array, ...]
-    mtp: tuple[Array, ...]
+    blocks: tuple
+    mtp: tuple
 
 
 def new_cache(cfg: ModelConfig, rows: int, slots: int, depth: int, dtype: DTypeLike) -> Cache:

@@ -88,13 +88,15 @@ class Engine:
         return self._program("step", shape, self.leaves, rows, numbers)(self.leaves, rows, numbers)
 
     def _program(self, name: str, shape: Shape, *arguments: Any) -> Any:
-        if (name, shape) not in self._programs:
+        size = {"prefill": shape.chunk, "step": shape.kind}.get(name)
+        key = name, shape.rows, shape.slots, shape.depth, size
+        if key not in self._programs:
             began = time.perf_counter()
             made = getattr(self, f"_make_{name}")(shape)
-            self._programs[name, shape] = made.lower(*arguments).compile()
+            self._programs[key] = made.lower(*arguments).compile()
             everyones(None)  # where they meet for the first time, nobody is to come late
             self.compile_seconds += time.perf_counter() - began
-        return self._programs[name, shape]
+        return self._programs[key]
 
     def _make_start(self, shape: Shape) -> Any:
         def start(*whole: Array) -> Rows:

@@ -38,12 +38,12 @@ _DRAFT, _CHANCE, _TOKEN = 1, 0x10000, 0x20000  # what a key is for; a draft's nu
 class Rows:
     """A batch of token sequences."""
 
-    tokens: Array  # int32 [B, T]: those that are known; what follows is anything
-    length: Array  # int32 [B]: how many are known, at least 1; the newest is in no cache yet
-    number: Array  # int32 [B]: of the next token of the answer, from 0
-    keys: Array  # uint32 [B, W]
+    tokens: Any  # int32 [B, T]: those that are known; what follows is anything
+    length: Any  # int32 [B]: how many are known, at least 1; the newest is in no cache yet
+    number: Any  # int32 [B]: of the next token of the answer, from 0
+    keys: Any  # uint32 [B, W]
     cache: Cache
-    recent: Array  # [B, 2 K, D]: what the first MTP module reads of the last positions that are in the cache
+    recent: Any  # [B, 2 K, D]: what the first MTP module reads of the last positions that are in the cache
 
 
 def prefill(model: Decoder, rows: Rows, start: Int[Array, ""], size: int) -> Rows:
