@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from moejax.commands.generate import generate_command
 from moejax.commands.parser import Parser
 from moejax.commands.plan import plan_command
 from moejax.commands.schedule import schedule_command
@@ -71,7 +72,7 @@ def _run(words: list[str]) -> int:
     commands = {
         "train": _train,
         "show": _show,
-        "generate": _generate,
+        "generate": generate_command,
         "checkpoints": _checkpoints,
         "train-tokenizer": _train_tokenizer,
         "schedule": schedule_command,
@@ -127,28 +128,6 @@ def _show(words: list[str]) -> int:
     if stages:
         console.print(as_stage_table(stages), "")
     console.print(as_table(rows))
-    return DONE
-
-
-def _generate(words: list[str]) -> int:
-    parser = Parser("generate", "Continues a prompt with a trained model's samples.")
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("--prompt", default="", help="start of the text")
-    parser.add_argument("--max-tokens", type=int, default=200, help="tokens that are added at most")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this share")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    options = parser.parse_args(words)
-    from moejax.serve.load import load
-
-    text = load(options.run).generate(
-        options.prompt,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    print(options.prompt + text)
     return DONE
 
 
