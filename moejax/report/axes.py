@@ -62,7 +62,7 @@ def scale_over(
 ) -> tuple[Scale, bool]:
     """A scale on which the usual values fill the figure, and whether some are above it.
 
-    The largest hundredth, or the largest, is unusual if it is more than twice as far from the least as all else.
+    The largest 3 in 100, or the largest, are unusual if they reach more than twice as far from the least as all else.
     `zero`: the axis begins at 0.
     """
     values = np.asarray(values, np.float64)
@@ -74,10 +74,11 @@ def scale_over(
         low, high = (low / 1.1, high * 1.1) if low < high else (low / 2, high * 2)
         return Scale(low, high, length, True, down), False
     low = min(0.0, low) if zero else low
-    usual = float(np.sort(good)[-1 - max(1, good.size // 100)]) if good.size >= 20 else high
+    usual = float(np.sort(good)[-1 - max(1, good.size // 33)]) if good.size >= 20 else high
     cut = high - low > 2 * (usual - low) > 0
     top = usual + 0.15 * (usual - low) if cut else high
-    room = 0.05 * (top - low) or 0.1 * abs(top) or 1.0
+    flat = top - low <= 1e-9 * abs(top)  # but for rounding
+    room = (0.1 * abs(top) or 1.0) if flat else 0.05 * (top - low)
     return Scale(low if zero and low == 0 else low - room, top + room, length, False, down), bool(cut)
 
 
@@ -86,7 +87,7 @@ def short(value: float) -> str:
     if not math.isfinite(value):
         return "-"
     size = abs(value)
-    for unit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for unit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
             return f"{value / (1e3 if letter == 'k' else unit):.3g}{letter}"
     return f"{value:.0f}" if size >= 1000 else f"{value:.4g}"
@@ -102,7 +103,7 @@ def tick_names(ticks: Sequence[float]) -> list[str]:
 
 
 def _tick(value: float, digits: int) -> str:
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= (1e4 if letter == "k" else unit):
             return f"{value / unit:.{digits}g}{letter}"
     return f"{value:.{max(digits, 4)}g}"

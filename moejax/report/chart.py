@@ -11,6 +11,7 @@ from moejax.report.axes import Scale, scale_over, short, thinned, tick_names
 WIDE, HALF, THIRD = 1020, 498, 324  # units, which are pixels where the page has room
 BUCKETS = {WIDE: 400, HALF: 220}  # parts of a curve of which the extremes are drawn
 COLUMNS = {WIDE: 90, HALF: 45}  # that say their numbers under the pointer
+FEW_MARKS = 12  # that cross the whole figure; more would hide it
 LETTER = 6.4  # units that a letter takes on average, at most
 
 
@@ -81,8 +82,10 @@ def chart(
         return ""
     height, top = (330 if width == WIDE else 220), 22 if spans else 8
     pools = [pool for c in curves for pool in (c.y, c.faint, c.low, c.high) if pool is not None]
-    values = np.concatenate([*pools, [value for value, _ in lines]])
+    values = np.concatenate(pools)
     y, cut = scale_over(values, height - top - 36, log=log, zero=zero)
+    if not cut:
+        y, _ = scale_over(np.append(values, [value for value, _ in lines]), y.length, log=log, zero=zero)
     ticks = y.ticks(6 if width == WIDE else 5)
     names = tick_names(ticks)
     left = 12 + LETTER * max(map(len, names), default=1)
@@ -175,8 +178,8 @@ def _curve(curve: Curve, x: Scale, y: Scale, buckets: int) -> list[str]:
     at, height = x(curve.x[kept]), y(curve.y[kept])
     if curve.kind != "dots" or len(at) > 1:
         pieces.append(f'<path class="{curve.kind}" d="{_path(at, height)}"/>')
-    if curve.kind == "dots":
-        good = np.isfinite(height)
+    good = np.isfinite(height)
+    if curve.kind == "dots" or good.sum() == 1:
         radius = 3 if len(at) < 60 else 1.5
         dots = zip(at[good], height[good], strict=True)
         pieces += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{radius}"/>' for a, b in dots]
@@ -250,7 +253,8 @@ def _span_names(spans: Sequence[Span], x: Scale, left: float) -> list[str]:
 
 def _marks(marks: Sequence[Mark], x: Scale, height: float) -> list[str]:
     found = []
+    top = 0 if len(marks) <= FEW_MARKS else height - 14
     for mark in marks:
         at, words = float(x(mark.at)), f"<title>{escape(mark.words)}</title>"
-        found.append(f'<path class="mark {mark.kind}" d="M{at:.1f} 0V{height:.1f}">{words}</path>')
+        found.append(f'<path class="mark {mark.kind}" d="M{at:.1f} {top:.1f}V{height:.1f}">{words}</path>')
     return found

@@ -13,7 +13,7 @@ from html import escape
 
 import numpy as np
 
-from moejax.report.axes import round_step, short
+from moejax.report.axes import Scale, round_step, short, tick_names
 from moejax.report.chart import HALF, LETTER, THIRD, figure, svg
 
 RED, BLUE, TEAL, AMBER, VIOLET, GREY = "#dc4a3f", "#3a7bd5", "#12917f", "#d98a12", "#a21caf", "#808080"
@@ -111,7 +111,7 @@ def heat_map(
     palette: Palette,
     *,
     rows: Sequence[str],
-    columns: Sequence[str],
+    columns: np.ndarray,
     row_name: str,
     column_name: str,
     words: Sequence[str] = (),
@@ -127,7 +127,7 @@ def heat_map(
         levels_HW: numbers of the palette.
         palette: what they mean.
         rows: a name for each row.
-        columns: a name for each column.
+        columns: a number for each column, ascending.
         row_name: what rows are.
         column_name: what columns are.
         words: what each row says under the pointer; none: nothing.
@@ -148,7 +148,7 @@ def heat_map(
         *(f'<path class="divider" d="M{left + wide * at / width:.1f} {top}v{high:.1f}"/>' for at in dividers),
         *_row_axis(rows, left, top, each),
         *_column_axis(columns, left, top + high, wide, column_name),
-        f'<text class="y" x="{left - 6:.1f}" y="{top + high + 16:.1f}">{escape(row_name)}</text>',
+        f'<text class="y" x="{left - 6:.1f}" y="{top + high + 31:.1f}">{escape(row_name)}</text>',
     ]
     for index, said in enumerate(words):
         box = f'x="{left:.1f}" y="{top + index * each:.2f}" width="{wide:.1f}" height="{each:.2f}"'
@@ -168,14 +168,18 @@ def _row_axis(rows: Sequence[str], left: float, top: float, each: float) -> list
     ]
 
 
-def _column_axis(columns: Sequence[str], left: float, bottom: float, wide: float, name: str) -> list[str]:
-    room = LETTER * max(map(len, columns)) + 12
+def _column_axis(columns: np.ndarray, left: float, bottom: float, wide: float, name: str) -> list[str]:
+    """The numbers of all columns where they have room, else round ones at the columns that are nearest."""
     each = wide / len(columns)
-    every = int(round_step(max(1.0, room / each)))
+    if (LETTER * len(f"{columns[-1]:,.0f}") + 8) <= each:
+        shown, names = list(range(len(columns))), [f"{column:,.0f}" for column in columns]
+    else:
+        ticks = [t for t in Scale(columns[0], columns[-1], wide).ticks(int(wide / 65)) if t == round(t)]
+        shown, names = [int(np.abs(columns - tick).argmin()) for tick in ticks], tick_names(ticks)
     found = []
-    for n in range(0, len(columns), every):
-        at = min(left + (n + 0.5) * each, left + wide - LETTER * len(columns[n]) / 2)
-        found.append(f'<text class="x" x="{at:.1f}" y="{bottom + 16:.1f}">{escape(columns[n])}</text>')
+    for n, words in zip(shown, names, strict=True):
+        at = min(left + (n + 0.5) * each, left + wide - LETTER * len(words) / 2)
+        found.append(f'<text class="x" x="{at:.1f}" y="{bottom + 16:.1f}">{words}</text>')
     return [*found, f'<text class="end" x="{left + wide:.1f}" y="{bottom + 31:.1f}">{escape(name)}</text>']
 
 

@@ -18,7 +18,7 @@ from moejax.report.heat import (
     signed_levels,
     signed_palette,
 )
-from moejax.report.page_training import Along, layers_over_steps, over_steps
+from moejax.report.page_training import Along, grid, layers_over_steps, over_steps
 from moejax.report.records import Loads, Records
 from moejax.train.balance import load_entropy
 
@@ -32,9 +32,7 @@ def experts(runs: Sequence[Records]) -> str:
     along = Along(runs)
     figures = [
         layers_over_steps(runs, along, "Violation of balance", "(fullest expert - mean) / mean", _violation, zero=True),
-        over_steps(
-            runs, along, "Dead experts", "without a token in a step, all layers", "dead_experts", raw=True, zero=True
-        ),
+        over_steps(runs, along, "Dead experts", "without a token in a step, all layers", "dead_experts", zero=True),
         layers_over_steps(
             runs,
             along,
@@ -61,14 +59,14 @@ def experts(runs: Sequence[Records]) -> str:
             note="1: each step moved every bias the same way; near 0: to and fro, as in balance",
         ),
     ]
-    found = "".join(figures)
-    parts = [f'<div class="grid">{found}</div>' if found else ""]
+    if len(runs) == 1:
+        return grid([*figures, *_maps(runs[0])]) + _single_layers(runs[0])
+    parts = [grid(figures)]
     for run in runs:
-        maps = _maps(run)
-        if maps and len(runs) > 1:
+        maps = grid(_maps(run)) + _single_layers(run)
+        if maps:
             opened = " open" if len(runs) <= 3 else ""
-            maps = f"<details{opened}><summary>Heat maps of {escape(run.name)}</summary>{maps}</details>"
-        parts.append(maps)
+            parts.append(f"<details{opened}><summary>Heat maps of {escape(run.name)}</summary>{maps}</details>")
     return "".join(parts)
 
 
@@ -115,15 +113,14 @@ def _counts(runs: Sequence[Records]) -> set[int]:
 # ----------------------------------------------------------------------------------------------------------- heat maps
 
 
-def _maps(run: Records) -> str:
+def _maps(run: Records) -> list[str]:
     violation, loads = run.by_layer("max_violation"), run.loads
     figures = [_violation_map(run, violation)] if violation.size and np.isfinite(violation).any() else []
     if loads is not None:
         figures.append(_load_map(run, loads))
         if loads.bias is not None and np.isfinite(loads.bias[-1]).any():
             figures.append(_bias_map(run, loads, loads.bias[-1]))
-    grid = f'<div class="grid below">{"".join(figures)}</div>' if figures else ""
-    return grid + (_single_layers(run, loads) if loads is not None and len(loads.step) > 1 else "")
+    return figures
 
 
 def _violation_map(run: Records, violation_SL: np.ndarray) -> str:
@@ -148,7 +145,7 @@ def _violation_map(run: Records, violation_SL: np.ndarray) -> str:
         signed_levels(values.T, most),
         palette,
         rows=names,
-        columns=[f"{step:,}" for step in reduced(run.step, COLUMNS, np.minimum)],
+        columns=reduced(run.step, COLUMNS, np.minimum),
         row_name="layer",
         column_name="step",
         words=words,
@@ -176,7 +173,7 @@ def _load_map(run: Records, loads: Loads) -> str:
         load_levels(load_LE),
         LOAD,
         rows=names,
-        columns=[str(expert) for expert in range(load_LE.shape[1])],
+        columns=np.arange(load_LE.shape[1]),
         row_name="layer",
         column_name="expert",
         words=words,
@@ -194,7 +191,7 @@ def _bias_map(run: Records, loads: Loads, bias_LE: np.ndarray) -> str:
         signed_levels(bias_LE, most),
         signed_palette(most),
         rows=names,
-        columns=[str(expert) for expert in range(bias_LE.shape[1])],
+        columns=np.arange(bias_LE.shape[1]),
         row_name="layer",
         column_name="expert",
         words=[
@@ -206,12 +203,14 @@ def _bias_map(run: Records, loads: Loads, bias_LE: np.ndarray) -> str:
     )
 
 
-def _single_layers(run: Records, loads: Loads) -> str:
-    """Every layer's experts over the records, closed until asked for."""
+def _single_layers(run: Records) -> str:
+    """Every layer's experts over the records, closed until asked for; empty where there are no two records."""
+    loads = run.loads
+    if loads is None or len(loads.step) < 2:
+        return ""
     _, layers, count = loads.load.shape
     most = max(2, min(COLUMNS, PIXELS // (layers * count)))
     picked = np.unique(np.linspace(0, len(loads.step) - 1, most).round().astype(int))
-    columns = [f"{step:,}" for step in loads.step[picked]]
     figures = [
         heat_map(
             _layer(name).replace("layer", "Layer"),
@@ -219,7 +218,7 @@ def _single_layers(run: Records, loads: Loads) -> str:
             load_levels(loads.load[picked, layer].T),
             LOAD,
             rows=[str(expert) for expert in range(count)],
-            columns=columns,
+            columns=loads.step[picked],
             row_name="expert",
             column_name="step",
             small=True,

@@ -18,7 +18,7 @@ QUIET = ("ledger", "validation", "checkpoint", "uploaded")  # events that are no
 BAD = ("non_finite", "machine_fault", "spike", "failed", "damaged", "checkpoint_failed", "upload_failed")
 ROWS = 100  # of a run's events that are listed at most
 ATTEMPTS = 24  # that are drawn at most
-RECENT = 120.0  # seconds: a run that wrote since then still runs
+NOT_ENDED = "not ended"
 ENVIRONMENT = ("packages", "backend", "devices", "processes", "processor", "cores", "python", "platform")
 
 
@@ -48,7 +48,7 @@ def summary(runs: Sequence[Records]) -> str:
 
 def _tone(value: str) -> str:
     """The colour of a run's end."""
-    tones = {"finished": "good", "stopped": "warn", "running": "good", "cut off": "bad"}
+    tones = {"finished": "good", "stopped": "warn", NOT_ENDED: "warn"}
     tone = tones.get(value, "bad" if value.replace(" ", "_") in BAD else "")
     return f' class="{tone}"' if tone else ""
 
@@ -59,10 +59,9 @@ def facts(run: Records) -> list[tuple[str, str, str]]:
 
 
 def _progress(run: Records) -> Iterator[tuple[str, str, str]]:
-    since = time.time() - run.written
-    state = run.ended or ("running" if since < RECENT else "cut off")
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.written))
-    yield "State", state.replace("_", " "), f"last written {written}"
+    ago = f"last written {duration(max(time.time() - run.written, 0))} ago: it runs, or was cut off"
+    yield "State", (run.ended or NOT_ENDED).replace("_", " "), f"at {written}" if run.ended else ago
     if len(run.step):
         total = run.config.steps if run.config and run.config.steps else None
         tokens = run.column("tokens")[-1]
@@ -83,19 +82,24 @@ def _quality(run: Records) -> Iterator[tuple[str, str, str]]:
     steps, valid = validations(run, "valid_loss")
     if len(steps):
         best = int(valid.argmin())
-        yield "Validation loss", f"{valid[-1]:.4f}", f"at step {steps[-1]:,}; best {valid[best]:.4f} at {steps[best]:,}"
+        where = f"at step {steps[-1]:,}" + (
+            f"; best {valid[best]:.4f} at {steps[best]:,}" if valid[best] < valid[-1] else ""
+        )
+        yield "Validation loss", f"{valid[-1]:.4f}", where
     _, bits = validations(run, "valid_bits_per_byte")
     unigram = next((e["unigram_loss"] for e in run.of_kind("started", "resumed") if e.get("unigram_loss")), None)
     if len(bits):
-        beside = f"unigram model: {unigram:.4f} nats per token" if isinstance(unigram, float) else ""
-        yield "Bits per byte", f"{bits[-1]:.4f}", beside
+        yield "Bits per byte", f"{bits[-1]:.4f}", "of validation text"
+    if isinstance(unigram, float):
+        yield "Unigram model", f"{unigram:.4f}", "nats per token: what knowing only frequencies gives"
 
 
 def _balance(run: Records) -> Iterator[tuple[str, str, str]]:
     violation = run.by_layer("max_violation")
     if violation.size and np.isfinite(violation).any():
         last = violation[-max(1, len(violation) // 10) :]
-        yield "Violation of balance", short(float(np.nanmean(last))), f"mean of the layers, last {len(last)} steps"
+        steps = f"last {len(last)} steps" if len(last) > 1 else "last step"
+        yield "Violation of balance", short(float(np.nanmean(last))), f"mean of the layers, {steps}"
     dead = run.column("dead_experts")
     if violation.size and np.isfinite(dead).any():
         yield (
@@ -139,8 +143,8 @@ def where_time_went(runs: Sequence[Records]) -> str:
     known = [run for run in runs if run.time is not None and run.time["wall_seconds"]]
     if not known:
         return ""
-    titles = [run.name if len(runs) > 1 else "" for run in known]
-    heads = "".join(f'<th class="num">{escape(title)}</th><th></th>' for title in titles)
+    titles = [run.name if len(runs) > 1 else "time" for run in known]
+    heads = "".join(f'<th class="num">{escape(title)}</th><th>of the wall clock</th>' for title in titles)
     rows = []
     for index, (kind, meaning) in enumerate(KINDS.items()):
         seconds = [run.time["seconds"].get(kind, 0.0) for run in known]  # type: ignore[index]
@@ -213,7 +217,7 @@ def faults(runs: Sequence[Records]) -> str:
             rows = [*rows[: ROWS // 2], gap, *rows[-ROWS // 2 :]]
         head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
         saved = run.of_kind("checkpoint")
-        hung = sorted(path.name for path in run.folder.glob("stacks-*"))
+        hung = sorted(path.name for path in run.folder.glob("stacks-*") if path.stat().st_size)
         said = [f"{name}: what every thread of a process that hung was doing" for name in hung]
         if saved:
             seconds = [event["seconds"] for event in saved if isinstance(event.get("seconds"), int | float)]

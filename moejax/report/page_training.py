@@ -67,7 +67,7 @@ def losses(runs: Sequence[Records]) -> str:
         _schedule(single, along) if single else over_steps(runs, along, "Learning rate", "", "learning_rate", raw=True),
         over_steps(runs, along, "Balance loss", "weighted, as it is added to the loss", "balance_loss"),
     ]
-    return _grid(figures)
+    return grid(figures)
 
 
 def speed(runs: Sequence[Records]) -> str:
@@ -86,7 +86,7 @@ def speed(runs: Sequence[Records]) -> str:
         note = "1: every token's slots sufficed. Nothing is dropped in further rounds, but they take time"
         title = "Rounds of the expert exchange"
         figures.append(over_steps(runs, along, title, "mean of the layers", "exchange_rounds", note=note))
-    return _grid(figures)
+    return grid(figures)
 
 
 def over_steps(
@@ -109,7 +109,7 @@ def over_steps(
     for index, run in enumerate(runs):
         values = scale * run.column(key)
         if len(values):
-            name = run.name if len(runs) > 1 else "last"
+            name = run.name if len(runs) > 1 else "last" if raw else "running mean"
             mean = values if raw else smooth(values)
             curves.append(Curve(name, along(run, run.step), mean, index % COLOURS, faint=None if raw else values))
     return chart(title, unit, curves, x_name=along.name, log=log, zero=zero, lines=lines, marks=marks, note=note)
@@ -157,7 +157,8 @@ def thin_band(curve: Curve, buckets: int = 220) -> Curve:
 # ------------------------------------------------------------------------------------------------------------ pieces
 
 
-def _grid(figures: Sequence[str]) -> str:
+def grid(figures: Sequence[str]) -> str:
+    """The figures side by side; those that are empty are left out."""
     found = "".join(figures)
     return f'<div class="grid">{found}</div>' if found else ""
 
@@ -215,12 +216,8 @@ def _phases(run: Records, along: Along) -> list[Span]:
         index = int(np.searchsorted(before, phase.until * total))
         end = float(run.step[index]) if index < len(run.step) else last
         if end > start:
-            shape = (
-                f"{phase.value:.2g} of the peak"
-                if phase.shape == "constant"
-                else f"{phase.shape} to {phase.value:.2g} of the peak"
-            )
-            found.append(Span(start, end, shape))
+            level = "peak" if phase.value == 1 else f"{phase.value:.2g} of the peak"
+            found.append(Span(start, end, level if phase.shape == "constant" else f"{phase.shape} to {level}"))
             start = end
     places = ((along(run, np.array([span.start, span.end])), span.name) for span in found)
     return [Span(float(start), float(end), name) for (start, end), name in places]

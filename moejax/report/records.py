@@ -109,8 +109,6 @@ def _read(folder: Path, name: str) -> Records:
     starts = [index for index, event in enumerate(events) if event["kind"] in ("started", "resumed")]
     after = events[starts[-1] if starts else 0 :]
     ended = after[-1]["kind"] if after and after[-1]["kind"] in ENDS and not _is_bad_step(after[-1]) else None
-    if ended is None:
-        missing.append("no event says how it ended: it still runs, or was cut off")
     if not (folder / "checkpoints").is_dir() or not any((folder / "checkpoints").iterdir()):
         missing.append("there is no checkpoint")
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix in (".jsonl", ".json", ".txt")]
