@@ -13,7 +13,8 @@ from string import Template
 
 from moejax.config import ConfigError
 from moejax.report.page_experts import experts
-from moejax.report.page_runs import differences, faults, notes, summary, where_time_went
+from moejax.report.page_runs import differences, notes, summary
+from moejax.report.page_time import faults, where_time_went
 from moejax.report.page_training import losses, speed
 from moejax.report.records import Records, read_runs
 

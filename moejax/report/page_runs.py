@@ -1,4 +1,4 @@
-"""Sections of the report that are tables: the summary, what is missing, where the time went, faults, and settings."""
+"""Sections of the report that say what the runs are: the summary, what is missing, and the settings."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,17 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from moejax.report.axes import Scale, short, smooth
-from moejax.report.chart import LETTER, WIDE, figure, svg
+from moejax.report.axes import short, smooth
 from moejax.report.page_training import COLOURS, validations
 from moejax.report.records import Records
 from moejax.train.console import duration
-from moejax.train.ledger import KINDS
 
-QUIET = ("ledger", "validation", "checkpoint", "uploaded")  # events that are no news
 BAD = ("non_finite", "machine_fault", "spike", "failed", "damaged", "checkpoint_failed", "upload_failed")
-ROWS = 100  # of a run's events that are listed at most
-ATTEMPTS = 24  # that are drawn at most
 NOT_ENDED = "not ended"
 ENVIRONMENT = ("packages", "backend", "devices", "processes", "processor", "cores", "python", "platform")
 
@@ -43,7 +38,7 @@ def summary(runs: Sequence[Records]) -> str:
             value, more = next(((value, more) for other, value, more in column if other == name), ("-", ""))
             cells.append(f"<td><b{_tone(value)}>{escape(value)}</b><br><small class=soft>{escape(more)}</small></td>")
         rows.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return _table(f"<th></th>{heads}", rows)
+    return table(f"<th></th>{heads}", rows)
 
 
 def _tone(value: str) -> str:
@@ -124,7 +119,7 @@ def _cost(run: Records) -> Iterator[tuple[str, str, str]]:
     if run.time is not None:
         lost = f", {run.time['lost_steps']} steps lost" if run.time["lost_steps"] else ""
         attempts = f"{run.time['attempts']} attempt{'s' if run.time['attempts'] != 1 else ''}"
-        yield "Goodput", f"{100 * run.time['goodput']:.1f} %", f"of {_time(run.time['wall_seconds'])}; {attempts}{lost}"
+        yield "Goodput", f"{100 * run.time['goodput']:.1f} %", f"of {clock(run.time['wall_seconds'])}; {attempts}{lost}"
 
 
 def notes(runs: Sequence[Records]) -> str:
@@ -133,134 +128,6 @@ def notes(runs: Sequence[Records]) -> str:
     if not items:
         return ""
     return f'<div class="notes">Not there:<ul>{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul></div>'
-
-
-# ------------------------------------------------------------------------------------------------ where the time went
-
-
-def where_time_went(runs: Sequence[Records]) -> str:
-    """The ledger's kinds as a table, and the attempts of runs that had several."""
-    known = [run for run in runs if run.time is not None and run.time["wall_seconds"]]
-    if not known:
-        return ""
-    titles = [run.name if len(runs) > 1 else "time" for run in known]
-    heads = "".join(f'<th class="num">{escape(title)}</th><th>of the wall clock</th>' for title in titles)
-    rows = []
-    for index, (kind, meaning) in enumerate(KINDS.items()):
-        seconds = [run.time["seconds"].get(kind, 0.0) for run in known]  # type: ignore[index]
-        if max(seconds) < 0.05:
-            continue
-        cells = ""
-        for run, value in zip(known, seconds, strict=True):
-            share = 100 * value / run.time["wall_seconds"]  # type: ignore[index]
-            cells += f'<td class="num">{_time(value)}<br><small class="soft">{share:.1f} %</small></td>'
-            cells += f'<td class="share"><i style="width:{share:.1f}%"></i></td>'
-        name = f'{kind.replace("_", " ")}<br><small class="soft">{escape(meaning)}</small>'
-        rows.append(f'<tr class="k{index}"><td>{name}</td>{cells}</tr>')
-    total = "".join(f'<td class="num"><b>{_time(run.time["wall_seconds"])}</b></td><td></td>' for run in known)  # type: ignore[index]
-    rows.append(f"<tr><td><b>wall clock</b></td>{total}</tr>")
-    return _table(f"<th></th>{heads}", rows) + "".join(
-        _attempts(run, len(runs) > 1) for run in known if run.time and run.time["attempts"] > 1
-    )
-
-
-def _attempts(run: Records, named: bool) -> str:
-    """A bar for each attempt of a run, from its start, by what its time went into."""
-    lines = {line["attempt"]: line for line in run.of_kind("ledger")}  # the last of each
-    shown = list(enumerate(lines.values(), 1))[-ATTEMPTS:]
-    began = shown[0][1]["attempt"]
-    end = max(line["until"] for _, line in shown)
-    names = [f"{number}: steps {line['resumed']:,} to {line['step']:,}" for number, line in shown]
-    left, row = 14 + LETTER * max(map(len, names)), 20
-    x = Scale(0, (end - began) * 1.01 or 1.0, WIDE - left - 12)
-    pieces, kinds = [], list(KINDS)
-    for index, ((_, line), name) in enumerate(zip(shown, names, strict=True)):
-        at, y = line["attempt"] - began, 4 + row * index
-        pieces.append(f'<text class="y" x="{left - 6:.1f}" y="{y + 12}">{name}</text>')
-        for kind, seconds in sorted(line["seconds"].items(), key=lambda item: kinds.index(item[0])):
-            start, stop = float(x(at)), float(x(at + seconds))
-            words = f"{kind.replace('_', ' ')}: {_time(seconds)}"
-            box = f'x="{left + start:.1f}" y="{y}" width="{max(stop - start, 0.4):.1f}" height="{row - 5}"'
-            pieces.append(f'<rect class="part k{kinds.index(kind)}" {box}><title>{words}</title></rect>')
-            at += seconds
-    bottom = 8 + row * len(shown)
-    pieces.append(f'<path class="axis" d="M{left:.1f} {bottom}h{x.length:.1f}"/>')
-    for tick in x.ticks(8):
-        place = left + float(x(tick))
-        pieces.append(f'<text class="x" x="{place:.1f}" y="{bottom + 15}">{_time(tick)}</text>')
-    used = dict.fromkeys(kind for kind in kinds if any(kind in line["seconds"] for _, line in shown))
-    key = "".join(f'<li><i class="k{kinds.index(kind)} box"></i>{kind.replace("_", " ")}</li>' for kind in used)
-    title = f"Attempts of {run.name}" if named else "Attempts"
-    if len(lines) > len(shown):
-        title += f", the last {len(shown)} of {len(lines)}"
-    note = "Each bar begins when its attempt did; within it the kinds are sorted. Gaps are restarts"
-    picture = svg(WIDE, bottom + 22, title, pieces)
-    whole = figure(title, "", picture, f'<ul class="key">{key}</ul>', note, wide=True)
-    return f'<div class="grid below">{whole}</div>'
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:,.1f} s" if seconds < 60 else duration(seconds)
-
-
-# ---------------------------------------------------------------------------------------------------------- faults
-
-
-def faults(runs: Sequence[Records]) -> str:
-    """What happened to each run: starts, restarts, faults and its end."""
-    parts = []
-    for run in runs:
-        events = [event for event in run.events if event["kind"] not in QUIET]
-        rows = [_event_row(event) for event in events]
-        if len(rows) > ROWS:
-            gap = f'<tr><td colspan="4" class="soft">{len(rows) - ROWS:,} more are in events.jsonl</td></tr>'
-            rows = [*rows[: ROWS // 2], gap, *rows[-ROWS // 2 :]]
-        head = f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 else ""
-        saved = run.of_kind("checkpoint")
-        hung = sorted(path.name for path in run.folder.glob("stacks-*") if path.stat().st_size)
-        said = [f"{name}: what every thread of a process that hung was doing" for name in hung]
-        if saved:
-            seconds = [event["seconds"] for event in saved if isinstance(event.get("seconds"), int | float)]
-            median = f", a save took {_time(float(np.median(seconds)))} (median) while steps went on" if seconds else ""
-            said.append(f"{len(saved):,} checkpoint{'s were' if len(saved) > 1 else ' was'} saved{median}")
-        words = "".join(f"<p>{escape(line)}.</p>" for line in said)
-        table = _table('<th>UTC</th><th class="num">step</th><th>what</th><th></th>', rows)
-        parts.append(head + words + (table if rows else ""))
-    return "".join(parts) if any(parts) else ""
-
-
-def _event_row(event: dict[str, Any]) -> str:
-    stamp = event.get("time")
-    when = time.strftime("%m-%d %H:%M:%S", time.gmtime(stamp)) if isinstance(stamp, int | float) else ""
-    kind, step = event["kind"], event.get("step")
-    number = f"{step:,}" if isinstance(step, int) else ""
-    tone = "bad" if kind in BAD else {"finished": "good", "stopped": "warn", "rolled_back": "warn"}.get(kind, "")
-    cells = f'<td class="when">{when}</td><td class="num">{number}</td>'
-    cells += f'<td class="kind {tone}">{escape(kind.replace("_", " "))}</td>'
-    return f"<tr>{cells}<td>{escape(_words(event))}</td></tr>"
-
-
-def _words(event: dict[str, Any]) -> str:
-    """What an event says beside its time, kind and step."""
-    kind = event["kind"]
-    if kind == "rolled_back":
-        batches = "skipped" if event.get("skipped") else "done again"
-        return f"from step {event.get('from_step')}; the batches in between are {batches}"
-    if kind in ("non_finite", "machine_fault") and isinstance(event.get("quantities"), list):
-        again = "finite when repeated" if kind == "machine_fault" else "not finite"
-        return f"{again}: {', '.join(map(str, event['quantities']))}"
-    if kind in ("started", "resumed"):
-        source = f"with the weights of {event['source']}" if event.get("source") else ""
-        files = event.get("files")
-        return f"{files:,} files verified in {event.get('seconds')} s" if isinstance(files, int) else source
-    rest = {key: value for key, value in event.items() if key not in ("time", "kind", "step") and value is not None}
-    return "; ".join(f"{key}: {_value(value)}" for key, value in rest.items())
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_value, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -273,14 +140,14 @@ def differences(runs: Sequence[Records]) -> str:
     if len(runs) == 1:
         if not names:
             return ""
-        table = _table("<th>setting</th><th>value</th>", [_setting(name, flat) for name in names])
-        return f"<details><summary>All settings, and the machine</summary>{table}</details>"
+        listed = table("<th>setting</th><th>value</th>", [_setting(name, flat) for name in names])
+        return f"<details><summary>All settings, and the machine</summary>{listed}</details>"
     differ = [name for name in names if len({_shown(values, name) for values in flat}) > 1]
     if not differ:
         return "<p>The settings are the same.</p>"
     heads = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     same = f'<p class="soft">{len(names) - len(differ)} settings are the same.</p>'
-    return _table(f"<th></th>{heads}", [_setting(name, flat) for name in differ]) + same
+    return table(f"<th></th>{heads}", [_setting(name, flat) for name in differ]) + same
 
 
 def _setting(name: str, flat: Sequence[dict[str, Any]]) -> str:
@@ -311,6 +178,11 @@ def _shown(values: dict[str, Any], name: str) -> str:
     return escape(" ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
-def _table(heads: str, rows: Sequence[str]) -> str:
+def clock(seconds: float) -> str:
+    """A span of time: 12.3 s, or 0:04:05 of a minute and more."""
+    return f"{seconds:,.1f} s" if seconds < 60 else duration(seconds)
+
+
+def table(heads: str, rows: Sequence[str]) -> str:
     """A table that scrolls by itself where the page is narrow; `heads` and `rows` are HTML."""
     return f'<div class="scroll"><table><tr>{heads}</tr>{"".join(rows)}</table></div>'

@@ -37,8 +37,9 @@ def losses(runs: Sequence[Records]) -> str:
     along = Along(runs)
     marks = [mark for run in runs for mark in marks_of(run, along)]
     curves = [curve for index, run in enumerate(runs) for curve in _losses_of(run, index, along, len(runs) == 1)]
-    unigram = {event.get("unigram_loss") for run in runs for event in run.of_kind("started", "resumed")}
-    lines = [(float(value), "unigram model") for value in unigram if isinstance(value, int | float)][:3]
+    said = [event.get("unigram_loss") for run in runs for event in run.of_kind("started", "resumed")]
+    unigram = dict.fromkeys(float(value) for value in said if isinstance(value, int | float))
+    lines = [(value, "unigram model") for value in unigram][:3]
     single = runs[0] if len(runs) == 1 else None
     clips = {run.config.optimizer.clip_norm for run in runs if run.config}
     figures = [
