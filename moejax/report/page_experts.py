@@ -9,7 +9,7 @@ from html import escape
 
 import numpy as np
 
-from moejax.report.axes import reduced, round_step, short
+from moejax.report.axes import reduced, short
 from moejax.report.heat import (
     LOAD,
     amount_palette,
@@ -125,7 +125,9 @@ def _maps(run: Records) -> list[str]:
 
 def _violation_map(run: Records, violation_SL: np.ndarray) -> str:
     values = reduced(violation_SL, COLUMNS, np.fmax)
-    most = round_step(max(float(np.nanquantile(values, 0.95)), 0.1))
+    usual = max(float(np.nanquantile(values, 0.98)), 0.1)
+    digit = 10.0 ** math.floor(math.log10(usual))
+    most = digit * math.ceil(usual / digit - 1e-6)  # round: it is in the legend
     palette = amount_palette(most)
     names = layer_names(run, values.shape[1])
     words = []

@@ -77,8 +77,8 @@ def speed(runs: Sequence[Records]) -> str:
     figures = [
         over_steps(runs, along, "Throughput", "tokens/s, all devices together", "tokens_per_second", zero=True),
         over_steps(runs, along, "MFU", "% of the devices' peak", "mfu", scale=100, zero=True),
-        over_steps(runs, along, "Time of a step", "s", "step_time", zero=True),
-        over_steps(runs, along, "Wait for data", "ms in each step", "data_wait", scale=1e3, zero=True),
+        over_steps(runs, along, "Time of a step", "s", "step_time", raw=True, zero=True),
+        over_steps(runs, along, "Wait for data", "ms in each step", "data_wait", scale=1e3, raw=True, zero=True),
         over_steps(
             runs, along, "Memory", "GB, peak of the fullest device", "memory_bytes", scale=1e-9, raw=True, zero=True
         ),
