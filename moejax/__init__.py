@@ -4,6 +4,8 @@ Importing moejax starts no device, and what needs JAX is loaded when it is first
 """
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.config import (
@@ -57,6 +59,7 @@ __all__ = [
     "load",
     "load_config",
     "plan",
+    "report",
     "schedule",
     "simulate",
     "train",
@@ -69,8 +72,9 @@ _LOADED_ON_USE = {
     "simulate": "moejax.mesh",
 }
 
-# The packages of the same names would take the places of `train` and `plan` when first imported: import them before.
+# The packages of the same names would take the places of these functions when first imported: import them before.
 importlib.import_module("moejax.train")
+importlib.import_module("moejax.report")
 importlib.import_module("moejax.plan")
 
 
@@ -86,6 +90,12 @@ def train(config: RunConfig, **options: Any) -> "RunResult":
 def plan(config: RunConfig, hardware: Any = "h800", devices: int | None = None) -> "Plan":
     """The memory, the time and the cost of a run; arguments and errors are `moejax.plan.plan.plan`'s."""
     return importlib.import_module("moejax.plan.plan").plan(config, hardware, devices)
+
+
+def report(folders: "str | Path | Sequence[str | Path]", out: "str | Path | None" = None) -> Path:
+    """Writes a page on one or several runs and returns its path; see `moejax.report.page.write_report`."""
+    one = isinstance(folders, str | Path)
+    return importlib.import_module("moejax.report.page").write_report([folders] if one else folders, out)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax schedule [--kind NAME --stages N ...]     a pipeline schedule as text and picture, and what it costs
     moejax plan CONFIG [--any.field value ...]       memory, time and cost of a run, before anyone rents a GPU
+    moejax report RUN [RUN ...] [--out FILE]         one HTML page on a run, or one that compares several
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
@@ -28,6 +29,7 @@ from rich.console import Console
 from moejax.commands.generate import generate_command
 from moejax.commands.parser import Parser
 from moejax.commands.plan import plan_command
+from moejax.commands.report import report_command
 from moejax.commands.schedule import schedule_command
 from moejax.config import ConfigError, DataConfig, RunConfig
 from moejax.config_source import USAGE, load_config, override
@@ -77,6 +79,7 @@ def _run(words: list[str]) -> int:
         "train-tokenizer": _train_tokenizer,
         "schedule": schedule_command,
         "plan": plan_command,
+        "report": report_command,
     }
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
