@@ -19,7 +19,7 @@ train: setup
 	$(BIN)/python -m moejax train $(CONFIG) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not live and not hopper and not interpreter and not emulator" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not live and not hopper and not interpreter and not emulator and not harness" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,6 +4,8 @@
     moejax show CONFIG [--any.field value ...]       the arrays of the training state and the stages of a pipeline
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show, copy or export the checkpoints of a run
+    moejax eval RUN DATA ...                         loss, perplexity and bits per byte; experts used, by domain
+    moejax placement RUN --gpus N [--redundant N]    where experts should lie to serve a model
     moejax import-hf DIR OUT                         a run folder of a model in the layout of Hugging Face
     moejax export-hf RUN DIR [--dtype bf16|fp8|fp32] the model of a run in that layout
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
@@ -27,7 +29,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from moejax.commands.evaluate import eval_command
 from moejax.commands.parser import Parser
+from moejax.commands.placement import placement_command
 from moejax.commands.plan import plan_command
 from moejax.commands.schedule import schedule_command
 from moejax.commands.weights import DTYPES, export_command, exported, import_command
@@ -81,6 +85,8 @@ def _run(words: list[str]) -> int:
         "plan": plan_command,
         "import-hf": import_command,
         "export-hf": export_command,
+        "eval": eval_command,
+        "placement": placement_command,
     }
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
