@@ -33,6 +33,7 @@ from moejax.pipeline import schedule
 if TYPE_CHECKING:
     from moejax.mesh import simulate
     from moejax.plan.plan import Plan
+    from moejax.serve.evaluate import Evaluation, evaluate
     from moejax.serve.load import load
     from moejax.train.run import RunResult
 
@@ -42,6 +43,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "Evaluation",
     "LaunchConfig",
     "LogConfig",
     "MTPConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "RunResult",
     "ScheduleConfig",
     "YarnConfig",
+    "evaluate",
     "load",
     "load_config",
     "plan",
@@ -66,8 +69,10 @@ __all__ = [
 ]
 
 _LOADED_ON_USE = {
+    "Evaluation": "moejax.serve.evaluate",
     "Plan": "moejax.plan.plan",
     "RunResult": "moejax.train.run",
+    "evaluate": "moejax.serve.evaluate",
     "load": "moejax.serve.load",
     "simulate": "moejax.mesh",
 }

@@ -35,7 +35,9 @@ WORDS = ("route", "each", "token", "to", "a", "few", "experts", "and", "drop", "
 
 
 def pytest_addoption(parser):
-    parser.addoption("--seconds", type=float, help="begin no test after so many seconds; the rest is skipped, and named")
+    parser.addoption(
+        "--seconds", type=float, help="begin no test after so many seconds; the rest is skipped, and named"
+    )
     parser.addoption("--turn", type=int, default=0, help="start with another of the tests, in turn")
 
 
