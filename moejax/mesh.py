@@ -36,7 +36,8 @@ def simulate(devices: int) -> None:
     except RuntimeError:
         there = jax.local_devices()
         if len(there) != devices or there[0].platform != "cpu":
-            wanted = f"to be set before JAX starts; it has {len(there)} {there[0].platform} devices"
+            has = f"{len(there)} {there[0].platform} device{'s' if len(there) > 1 else ''}"
+            wanted = f"to be set before JAX starts; it has {has}: start Python, or the notebook's kernel, again"
             raise ConfigError("simulate", devices, wanted) from None
 
 

@@ -46,6 +46,11 @@ class Costs:
                 values[name] = float(value)
             except ValueError as error:
                 raise ConfigError("costs", word, "KIND=TIME, as in F=1.5") from error
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> "Costs":
+        """The costs by their names; the others have their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values.keys() - names:
             raise ConfigError("costs", name, f"one of {', '.join(names)}")

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
@@ -33,7 +33,7 @@ class Model:
     """A model to ask."""
 
     config: ModelConfig
-    module: Transformer  # on the devices of the mesh
+    module: Transformer = field(repr=False)  # on the devices of the mesh
     mesh: Mesh
     tokenizer: Tokenizer | None  # None: the folder has none, and only ids can be used
     context: int  # newest tokens that `generate` shows the model
