@@ -4,7 +4,7 @@ PYTHON ?= python3
 CONFIG ?= configs/tiny.py
 BIN := .venv/bin
 
-.PHONY: setup train test lint types
+.PHONY: setup train test lint types notebooks
 
 setup: .venv/.ready
 
@@ -19,7 +19,7 @@ train: setup
 	$(BIN)/python -m moejax train $(CONFIG) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not live and not hopper and not interpreter and not emulator" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not live and not hopper and not interpreter and not emulator and not kernel" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,3 +27,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+notebooks: .venv/.notebooks
+	$(BIN)/python tools/run_notebooks.py $(ARGS)
+
+.venv/.notebooks: .venv/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,notebooks]"
+	@touch $@

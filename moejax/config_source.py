@@ -124,21 +124,29 @@ def _turn_on_parts(part: Any, arguments: list[str], place: str = "") -> Any:
 
 def _reason(end: SystemExit, config: RunConfig, arguments: list[str]) -> ConfigError:
     """Why tyro ended: a check of the config that failed, or else the first flag whose value does not parse alone."""
-    cause: BaseException | None = end
-    while cause is not None:
-        if isinstance(cause, ConfigError):
-            return cause
-        cause = cause.__context__
+    failed = _failed_check(end)
+    if failed is not None:
+        return failed
     starts = [index for index, text in enumerate(arguments) if text.startswith("--")]
     for start, stop in zip(starts, [*starts[1:], len(arguments)], strict=True):
         try:
             _parse(config, arguments[start:stop])
-        except SystemExit:
+        except SystemExit as alone:
+            if _failed_check(alone) is not None:  # a value that parses, and does not fit without the others
+                continue
             flag, _, joined = arguments[start].partition("=")
             values = [joined] if joined else arguments[start + 1 : stop]
             place = flag.removeprefix("--").replace("-", "_")
             return ConfigError(place, " ".join(values), _wanted(config, place))
     return ConfigError("command line", " ".join(arguments), f"flags of {USAGE} --help")
+
+
+def _failed_check(end: SystemExit) -> ConfigError | None:
+    """The check of the config because of which tyro ended, if it was one."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__context__
+    return cause
 
 
 def _fields(part: Any, place: str = "") -> Iterator[tuple[str, Any]]:

@@ -121,6 +121,7 @@ def run(*words):
         ("--steps", "steps='': wanted a whole number or None"),
         ("--model.moe.num-experts 10", "model.moe.num_experts=10: wanted a multiple of num_groups=4"),
         ("--model.moe.top-k 9", "model.moe.top_k=9: wanted at most the 8 experts of top_groups=2 of num_groups=4"),
+        ("--mesh.expert-nodes 4 --mesh.expert 8 --seed x", "seed='x': wanted a whole number"),  # 4 fits 8, not 1
         ("--data.valid-fraction 2", "data.valid_fraction=2.0: wanted 0 or more, below 1"),
     ],
 )

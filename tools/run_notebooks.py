@@ -2,8 +2,8 @@
 
     python tools/run_notebooks.py [NAME ...] [--write]
 
-NAME is a part of a notebook's name, such as 03; without any, all run. They run in a copy, so that run folders of earlier
-readings have no part in it. `--write` puts the outputs that came into notebooks/, with pictures in fewer colours.
+NAME is a part of a notebook's name, such as 03; without any, all run. They run in a copy, so that run folders of
+earlier readings have no part in it. `--write` puts the outputs into notebooks/, with pictures in fewer colours.
 """
 
 import argparse
@@ -60,7 +60,9 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """The notebook with what its cells show, each run once in a new kernel whose folder is the notebook's."""
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources, record_timing=False).execute()
+    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources, record_timing=False)
+    client.extra_arguments = ["--log-level=ERROR"]  # of the kernel, which else says that it listens on loopback
+    client.execute()
     return notebook
 
 

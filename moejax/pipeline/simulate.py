@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ class Timeline:
     """When every rank ran its cells."""
 
     program: Program
-    spans: tuple[tuple[Span, ...], ...]  # [ranks][position]
+    spans: tuple[tuple[Span, ...], ...] = field(repr=False)  # [ranks][position]
 
     @property
     def makespan(self) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -64,6 +65,18 @@ class Model:
             stop=self.tokenizer.end_id,
         )
         return self.tokenizer.decode(new)
+
+    def expert_counts(self, tokens: np.ndarray) -> np.ndarray:
+        """How many of the tokens each expert of each main MoE layer gets: int32 [B, T] -> int32 [L, E]."""
+        return np.asarray(self._counts(self.module, np.asarray(tokens, np.int32)))
+
+    @functools.cached_property
+    def _counts(self) -> Callable[[Transformer, np.ndarray], Array]:
+        def counts(module: Transformer, tokens: Array) -> Array:
+            stats = module.hidden(module.embed(tokens, self.dtype), None)[1]
+            return jnp.concatenate([one.counts for one in stats])
+
+        return self._compiled(counts)
 
     @functools.cached_property
     def _all_scores(self) -> Callable[[Transformer, np.ndarray], Array]:
