@@ -6,7 +6,7 @@ BIN := .venv/bin
 # marks of tests that take more than .venv has; .ci/run gives it to them
 ELSEWHERE := live or emulator or harness or browser or kernel or hopper or interpreter
 
-.PHONY: setup train test slow lint types
+.PHONY: setup train test slow lint types notebooks
 
 setup: .venv/.ready
 
@@ -32,3 +32,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+notebooks: .venv/.notebooks
+	$(BIN)/python tools/run_notebooks.py $(ARGS)
+
+.venv/.notebooks: .venv/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev,notebooks]"
+	@touch $@

@@ -25,6 +25,10 @@ class ConfigError(ValueError):
         super().__init__(f"{place}={value!r}: wanted {wanted}")
         self.place, self.value, self.wanted = place, value, wanted
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"moejax: {self}"]
+
 
 def _require(good: bool, place: str, value: object, wanted: str) -> None:
     if not good:

@@ -18,25 +18,29 @@ from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, RunC
 AXES = ("pipe", "replica", "data", "expert")
 BATCH_AXES = ("replica", "data", "expert")  # rows of a batch are sharded over these
 _PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds"
+_OPTIMIZATION = "--xla_backend_optimization_level"
 
 
-def simulate(devices: int) -> None:
+def simulate(devices: int, *, quick: bool = False) -> None:
     """Gives this process `devices` simulated CPU devices. It must come before anything that starts JAX.
 
-    They share the machine's cores. XLA ends a program in which one waits 40 s for another; here they wait longer.
+    They share the machine's cores. XLA ends a program in which one waits 40 s for another; here they wait longer. With
+    `quick` programs are compiled in a fraction of the time and run slower, which is what a few steps want.
 
     Raises:
         ConfigError: JAX has started with other devices.
     """
     try:
-        if _PATIENCE not in os.environ.get("XLA_FLAGS", ""):
-            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_PATIENCE}=1200".strip()
+        for flag, value in ((_PATIENCE, 1200), *([(_OPTIMIZATION, 0)] if quick else [])):
+            if flag not in os.environ.get("XLA_FLAGS", ""):
+                os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={value}".strip()
         jax.config.update("jax_num_cpu_devices", devices)
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:
         there = jax.local_devices()
         if len(there) != devices or there[0].platform != "cpu":
-            wanted = f"to be set before JAX starts; it has {len(there)} {there[0].platform} devices"
+            has = f"{len(there)} {there[0].platform} device{'s' if len(there) > 1 else ''}"
+            wanted = f"to be set before JAX starts; it has {has}: start Python, or the notebook's kernel, again"
             raise ConfigError("simulate", devices, wanted) from None
 
 

@@ -12,7 +12,7 @@ FLOORS = {
     "pipeline": 4,
     **dict.fromkeys(("serve", "train", "report"), 5),  # these may import each other: a run draws and samples
     **dict.fromkeys(("plan", "launch"), 6),
-    "commands": 7,
+    **dict.fromkeys(("commands", "notebook"), 7),
     **dict.fromkeys(("cli", "__init__", "__main__"), 8),
 }
 

@@ -89,6 +89,19 @@ def test_a_joined_cell_is_between_its_longer_side_and_both_one_after_the_other()
     assert joined[EXPOSED] < 0.1 * (forward[EXPOSED] + backward[EXPOSED])
 
 
+def test_overlaps_leave_exposed_what_their_products_do_not_cover():
+    """The all-to-alls of a layer there and back, forward and backward, are in one of the four phases each."""
+    found = estimate(v3(), H800)
+    cells = Cells(v3(), H800)
+    alone = sum(cells._layer_alone(side)[EXPOSED] for side in "FI")
+    left = sum(max(0.0, phase.communication - phase.computation) for phase in found.overlaps)
+    small = sum(cells.seconds(t) * t.times for t in cells.transfers if t.place == "layer" and t.what == "rounds")
+    assert len(found.overlaps) == 4
+    assert sum(phase.communication for phase in found.overlaps) == pytest.approx(alone + small, rel=1e-9)
+    assert left == pytest.approx(cells._layer_woven("IW")[EXPOSED], rel=1e-9)
+    assert estimate(v3("--mesh.pipe 1 --mesh.data 2 --mesh.expert 64", 128), H800).overlaps == ()
+
+
 def test_without_a_network_to_wait_for_joining_saves_nothing():
     fast = dataclasses.replace(H800, intra_node=1e30, inter_node=1e30)
     cells = Cells(v3(), fast)

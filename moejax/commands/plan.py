@@ -18,7 +18,6 @@ from moejax.config_source import load_config
 if TYPE_CHECKING:
     from moejax.plan.compile import CompiledStep
     from moejax.plan.hardware import Hardware
-    from moejax.plan.plan import Plan
 
 WIDTH = 150
 
@@ -50,6 +49,7 @@ def _search(config: RunConfig, chip: "Hardware", options: argparse.Namespace) ->
 def _plan(config: RunConfig, chip: "Hardware", options: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     from moejax.mesh import simulate
     from moejax.plan.plan import as_json, as_table, plan
+    from moejax.report.plan import save_plan
 
     if options.compile and options.target == "cpu":
         simulate(_devices(config, options))  # before the estimate traces anything, which starts JAX
@@ -62,7 +62,7 @@ def _plan(config: RunConfig, chip: "Hardware", options: argparse.Namespace) -> t
         facts["compiled"] = _facts_of(compiled)
         shown.append(_table_of(compiled))
     path = _written(options, config, "plan.json", facts)
-    _draw(made, path.with_name("plan.png"))
+    save_plan(made.draw(), path.with_name("plan.png"))
     return facts, [*shown, f"written: {path}, {path.with_name('plan.png')}"]
 
 
@@ -122,16 +122,3 @@ def _written(options: argparse.Namespace, config: RunConfig, name: str, facts: o
     except OSError as error:
         raise ConfigError("--out", str(folder), f"a folder that can be written ({error.strerror})") from error
     return path
-
-
-def _draw(made: "Plan", path: Path) -> None:
-    from moejax.report.plan import draw_plan, save_plan
-
-    ranks = sorted(made.bytes_by_rank)
-    held = {(part.name, part.rank): part.bytes for part in made.memory}
-    names = dict.fromkeys(part.name for part in made.memory)
-    by_part = {name: [float(held.get((name, rank), 0)) for rank in ranks] for name in names}
-    title = f"{made.config.name} on {made.timing.devices} {made.hardware.name}"
-    save_plan(
-        draw_plan(title, by_part, made.hardware.memory, made.timing.parts, made.timing.busy, made.timing.bubble), path
-    )

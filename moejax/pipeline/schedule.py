@@ -20,7 +20,7 @@ of the eight steps; Qi et al. (arXiv:2401.10241) for ZB1P, called ZB-H1 there.
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from moejax.config import ConfigError
@@ -56,7 +56,7 @@ class Program:
     name: str
     placement: Literal["line", "dual", "v"]
     num_microbatches: int  # of both directions together
-    cells: tuple[tuple[Cell, ...], ...]  # [ranks][position]
+    cells: tuple[tuple[Cell, ...], ...] = field(repr=False)  # [ranks][position]
 
     def __str__(self) -> str:
         """A line for each rank, as F0.3&B1.0 for micro-batch 3 of chunk 0 joined with micro-batch 0 of chunk 1."""

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +46,11 @@ class Costs:
                 values[name] = float(value)
             except ValueError as error:
                 raise ConfigError("costs", word, "KIND=TIME, as in F=1.5") from error
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> "Costs":
+        """The costs by their names; the others have their defaults."""
         names = [field.name for field in dataclasses.fields(cls)]
         for name in values.keys() - names:
             raise ConfigError("costs", name, f"one of {', '.join(names)}")
@@ -108,7 +113,7 @@ class Timeline:
     """When every rank ran its cells."""
 
     program: Program
-    spans: tuple[tuple[Span, ...], ...]  # [ranks][position]
+    spans: tuple[tuple[Span, ...], ...] = field(repr=False)  # [ranks][position]
 
     @property
     def makespan(self) -> float:

@@ -5,17 +5,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Group
 from rich.table import Table
 
 from moejax.config import ConfigError, RunConfig
 from moejax.mesh import AXES, resolve
 from moejax.pipeline.stages import require_pipeline
-from moejax.plan.arrays import state_arrays
+from moejax.plan.arrays import ArrayRow, state_arrays
 from moejax.plan.cost import Cost, cost, steps_by_rows
 from moejax.plan.hardware import Hardware, load_hardware
 from moejax.plan.memory import Part, memory
 from moejax.plan.time import Timing, estimate
+from moejax.plan.traffic import Transfer, transfers
+from moejax.report.plan import draw_plan
 
 ROOM = 0.95  # share of a device's memory that a step may take: the rest is the runtime's, and lost between arrays
 
@@ -29,6 +32,7 @@ class Plan:
     memory: tuple[Part, ...]  # of the devices of each pipeline rank
     timing: Timing
     cost: Cost
+    arrays: tuple[ArrayRow, ...]  # of the training state, and where they lie
     notes: tuple[str, ...]  # what would stop the run
 
     @property
@@ -43,6 +47,19 @@ class Plan:
     def fits(self) -> bool:
         """Whether the fullest device has room for its parts."""
         return max(self.bytes_by_rank.values()) <= ROOM * self.hardware.memory
+
+    def traffic(self, rank: int = 0) -> list[Transfer]:
+        """What a device of a pipeline rank sends in a step: every kind of collective, its bytes, how often it runs."""
+        return transfers(self.config, rank, self.hardware.devices_per_node)
+
+    def draw(self) -> Figure:
+        """Memory of each rank, the work of each rank, and where the time of a step goes."""
+        ranks = sorted(self.bytes_by_rank)
+        held = {(part.name, part.rank): part.bytes for part in self.memory}
+        names = dict.fromkeys(part.name for part in self.memory)
+        by_part = {name: [float(held.get((name, rank), 0)) for rank in ranks] for name in names}
+        title, timing = f"{self.config.name} on {self.timing.devices} {self.hardware.name}", self.timing
+        return draw_plan(title, by_part, self.hardware.memory, timing.parts, timing.busy, timing.bubble)
 
 
 def plan(config: RunConfig, hardware: str | Hardware = "h800", devices: int | None = None) -> Plan:
@@ -60,8 +77,8 @@ def plan(config: RunConfig, hardware: str | Hardware = "h800", devices: int | No
     config = resolve(config, devices or math.prod(length for length in lengths if length != -1))
     require_pipeline(config, [config.data.batch_size])
     chip = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
-    parts, timing = tuple(memory(config)), estimate(config, chip)
-    made = Plan(config, chip, parts, timing, cost(config, chip, timing, state_arrays(config)), ())
+    parts, timing, arrays = tuple(memory(config)), estimate(config, chip), state_arrays(config)
+    made = Plan(config, chip, parts, timing, cost(config, chip, timing, arrays), tuple(arrays), ())
     return dataclasses.replace(made, notes=tuple(_notes(made)))
 
 

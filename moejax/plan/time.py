@@ -12,7 +12,7 @@ the replay of the table that the executor runs, with the cells' times, and what 
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,15 @@ LATENCY = 50e-6  # seconds that a collective takes at least: DeepEP's smallest t
 
 
 @dataclass(frozen=True)
+class Overlap:
+    """An all-to-all of one micro-batch and the products of another that run beside it, in seconds."""
+
+    name: str
+    communication: float
+    computation: float  # on the multiprocessors that the communication leaves
+
+
+@dataclass(frozen=True)
 class Timing:
     """A step's time, in seconds; by part or kind of cell it is the mean over the pipeline's ranks."""
 
@@ -50,6 +59,7 @@ class Timing:
     flops: float  # of the model, attention's causal half counted; nothing that is computed again
     peak: float  # FLOP/s of a device that MFU is relative to: BF16's
     timeline: Timeline = field(repr=False)
+    overlaps: tuple[Overlap, ...] = ()  # the phases of a layer in a joined cell; none without a pipeline or experts
 
     @property
     def busy(self) -> tuple[float, ...]:
@@ -95,6 +105,7 @@ def estimate(config: RunConfig, hardware: Hardware) -> Timing:
         flops=train_flops_per_token(config.model, length) * rows * length,
         peak=hardware.bf16,
         timeline=timeline,
+        overlaps=cells.overlaps() if cells.piped and config.model.num_moe_layers else (),
     )
 
 
@@ -174,15 +185,28 @@ class Cells:
         """A forward of a layer beside a backward."""
         found = self._exposed("layer", "F", "weights") + self._exposed("layer", "B", "weights")
         found += self._exposed("layer", "W")
-        to_experts, back = ("dispatch", "choices", "rounds"), ("combine",)
-        for sending, sent, computing, piece in (
-            ("B", back, "F", ("attention",)),
-            ("F", to_experts, sides, ("experts", "end")),
-            ("B", to_experts, "F", ("experts", "end")),
-            ("F", back, sides, ("attention",)),
-        ):
-            found += self._phase(self._sent("layer", sending, sent), self._select(self.layer, computing, piece))
+        for _, communication, operations in self._phases(sides):
+            found += self._phase(communication, operations)
         return found
+
+    def _phases(self, sides: str) -> Iterator[tuple[str, float, list[Operation]]]:
+        """The phases of a woven layer: a name, seconds of what is sent, and what is computed meanwhile."""
+        to_experts, back = ("dispatch", "choices", "rounds"), ("combine",)
+        for name, sending, sent, computing, piece in (
+            ("dispatch of B | attention of F", "B", back, "F", ("attention",)),
+            ("dispatch of F | experts of B", "F", to_experts, sides, ("experts", "end")),
+            ("combine of B | experts of F", "B", to_experts, "F", ("experts", "end")),
+            ("combine of F | attention of B", "F", back, sides, ("attention",)),
+        ):
+            sent_seconds = self._sent("layer", sending, sent)
+            yield name, sent_seconds, self._select(self.layer, computing, piece)
+
+    def overlaps(self) -> tuple[Overlap, ...]:
+        """The phases of a layer whose forward runs beside another micro-batch's backward."""
+        sms = self.hardware.communication_sms
+        return tuple(
+            Overlap(name, sent, self._compute(operations, sms).total()) for name, sent, operations in self._phases("IW")
+        )
 
     def _phase(self, communication: float, operations: list[Operation]) -> Parts:
         """Work beside communication: products are slower until that is done."""

@@ -3,11 +3,12 @@
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -37,7 +38,7 @@ class Model:
     """A model to ask."""
 
     config: ModelConfig
-    module: Transformer  # on the devices of the mesh
+    module: Transformer = field(repr=False)  # on the devices of the mesh
     mesh: Mesh
     tokenizer: Tokenizer | None  # None: the folder has none, and only ids can be used
     context: int  # tokens that the model was trained on; answers come from the newest ones
@@ -81,6 +82,18 @@ class Model:
     @functools.cached_property
     def _engine(self) -> Engine:
         return Engine(taken_apart(self.module, self.mesh, self.dtype), self.mesh, self.dtype)
+
+    def expert_counts(self, tokens: np.ndarray) -> np.ndarray:
+        """How many of the tokens each expert of each main MoE layer gets: int32 [B, T] -> int32 [L, E]."""
+        return np.asarray(self._counts(self.module, np.asarray(tokens, np.int32)))
+
+    @functools.cached_property
+    def _counts(self) -> Callable[[Transformer, np.ndarray], Array]:
+        def counts(module: Transformer, tokens: Array) -> Array:
+            stats = module.hidden(module.embed(tokens, self.dtype), None)[1]
+            return jnp.concatenate([one.counts for one in stats])
+
+        return self._compiled(counts)
 
     @functools.cached_property
     def _all_scores(self) -> Callable[[Transformer, np.ndarray], Array]:

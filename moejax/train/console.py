@@ -1,5 +1,7 @@
 """What a run shows: one line a step, at most one per `log.console_seconds`, and a progress bar on a terminal.
 
+In a notebook it is shown by notebook.py.
+
 Everything goes through the logger "moejax", whose handlers are the console of this file and log.txt of runlog.py.
 """
 
@@ -9,7 +11,8 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -39,6 +42,9 @@ class ConsoleHandler(logging.Handler):
         """Moves the bar to `step`."""
         self.bar.update(self.task, completed=step, eta=eta)
 
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Nothing: they are in the run folder."""
+
     def close(self) -> None:
         """Takes the progress bar away."""
         if self.console.is_terminal:
@@ -62,7 +68,8 @@ class StepLines:
         now = time.monotonic()
         if now - self.shown >= self.seconds or left <= 0 or metrics.get("valid_loss") is not None:
             self.shown = now
-            logger.info(step_line(metrics, self.total_steps, eta))
+            passing = left > 0 and metrics.get("valid_loss") is None  # where there is one line for steps
+            logger.info(step_line(metrics, self.total_steps, eta), extra={"passing": passing})
         return eta
 
 

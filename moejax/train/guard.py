@@ -10,6 +10,10 @@ class EndError(RuntimeError):
     kind: str  # of the run's last event
     exit_code: int
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"moejax: {self}"]
+
 
 class NonFiniteError(EndError):
     """Too many steps in a row had a loss or gradient that is not finite."""

@@ -39,14 +39,16 @@ def train(
     console: Console | None = None,
     devices: Sequence[jax.Device] | None = None,
     began: float | None = None,
+    pictures: bool = True,
 ) -> RunResult:
     """Trains until `steps` or `schedule.tokens`, a signal, or a fault that the run cannot go back behind.
 
     Args:
         config: all settings; `config.folder` is made, or continued.
-        console: where the run is shown; None: stdout.
+        console: where the run is shown; None: stdout, or the cell of a notebook.
         devices: of the mesh; None: all.
         began: when the time of the run began, seconds since the epoch; None: now.
+        pictures: whether a notebook shows them below; they are in the run folder in any case.
 
     Raises:
         ConfigError: a setting or a file that cannot be used.
@@ -75,7 +77,7 @@ def train(
         with phases("restore" if found.whole else "initialisation"):
             state, position = together(lambda: start(config, mesh, data, found))
         total_steps = position.step + sum(1 for _ in plan_steps(config, position.step, position.tokens))
-        log = _open_log(asked, total_steps, position.step, console)
+        log = _open_log(asked, total_steps, position.step, console, pictures)
         stack.enter_context(log)
         ledger.resume(position.step, log.event)
         saver = Saver(config, checkpoints, local, copies, log, phases)
@@ -111,10 +113,13 @@ def _open_checkpoints(config: CheckpointConfig, folder: Path) -> Checkpoints:
     return Checkpoints(folder / "checkpoints", retention, agree=everyones)
 
 
-def _open_log(config: RunConfig, total_steps: int, resumed_step: int, console: Console | None) -> RunLog | NoLog:
+def _open_log(
+    config: RunConfig, total_steps: int, resumed_step: int, console: Console | None, pictures: bool
+) -> RunLog | NoLog:
     def opened() -> RunLog | NoLog:
         if is_main():
-            return RunLog(config, total_steps=total_steps, resumed_step=resumed_step, console=console)
+            options = {"total_steps": total_steps, "resumed_step": resumed_step}
+            return RunLog(config, **options, console=console, pictures=pictures)
         return NoLog(Path(config.folder))
 
     return together(opened)

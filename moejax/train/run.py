@@ -18,7 +18,7 @@ from moejax.data.batches import Batch
 from moejax.data.dataset import Data
 from moejax.kernels.launch import available
 from moejax.model.count import abstract_model, active_per_token, num_parameters
-from moejax.report.pictures import draw_pictures
+from moejax.report.pictures import draw_pictures, read_lines
 from moejax.serve.load import from_state
 from moejax.train.balance import relative_load
 from moejax.train.faults import Fault, Faults
@@ -48,6 +48,10 @@ class RunResult:
     tokens: int
     loss: float | None  # of the last step; None if no step was left to do
     valid_loss: float | None  # at the end; None without validation text
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every step's line of metrics.jsonl, of earlier starts of the run too; the keys are `runlog.METRICS`."""
+        return read_lines(self.folder / "metrics.jsonl")
 
 
 class Run:
@@ -217,7 +221,7 @@ class Run:
             self.log.expert_load(self.position.step, np.round(relative_load(metrics.counts), 3).tolist(), rounded)
         if is_main():
             with self.phases("pictures"), self.log.full_disk_borne():
-                draw_pictures(self.log.folder)
+                self.log.pictures(draw_pictures(self.log.folder))
 
     def _finish(self, ended: Literal["finished", "stopped"], metrics: Metrics | None) -> RunResult:
         """The end of a run; `metrics`: of the last step, None if no step was left to do."""

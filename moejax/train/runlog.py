@@ -53,6 +53,7 @@ from moejax.config import ConfigError, RunConfig
 from moejax.train.console import ConsoleHandler, StepLines, logger
 from moejax.train.environment import environment_report
 from moejax.train.ledger import read_events
+from moejax.train.notebook import CellHandler, in_notebook
 from moejax.train.tensorboard import TensorBoard
 
 SPACE = "a disk with space left"
@@ -103,7 +104,13 @@ class RunLog:
     """
 
     def __init__(
-        self, config: RunConfig, *, total_steps: int, resumed_step: int = 0, console: Console | None = None
+        self,
+        config: RunConfig,
+        *,
+        total_steps: int,
+        resumed_step: int = 0,
+        console: Console | None = None,
+        pictures: bool = True,
     ) -> None:
         """Creates the run folder, or continues it.
 
@@ -111,7 +118,8 @@ class RunLog:
             config: the run's settings.
             total_steps: step at which the run ends.
             resumed_step: last step that the state holds; lines of later steps are dropped.
-            console: where the run is shown; None: stdout.
+            console: where the run is shown; None: stdout, or the cell of a notebook.
+            pictures: whether a notebook shows them.
         """
         self.folder = Path(config.folder)
         self._open = contextlib.ExitStack()
@@ -128,7 +136,7 @@ class RunLog:
                 _cut(self.folder / f"{name}.jsonl", resumed_step)
             _cut(self.folder / "events.jsonl")
             self._files = {name: self._open_file(name) for name in (*BY_STEP, "events")}
-            self._console = ConsoleHandler(total_steps=total_steps, console=console)
+            self._console = _console(total_steps, console, pictures)
             self._open_logger(self._console, _LogFile(self.folder / "log.txt", encoding="utf-8"))
             self._tensorboard = self._open_tensorboard(resumed_step) if config.log.tensorboard else None
         self._wandb = self._open_wandb(config) if config.log.wandb else None
@@ -172,6 +180,10 @@ class RunLog:
     def event(self, kind: str, **fields: Any) -> None:
         """Writes an event; the kinds are named at the top of this file."""
         self._append("events", {"time": round(time.time(), 3), "kind": kind, **fields})
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Shows these files, where there is a place for pictures."""
+        self._console.pictures(paths)
 
     def roll_back(self, step: int) -> None:
         """Drops the lines of the steps after `step`, which are done again; all that wait where the disk is full."""
@@ -286,6 +298,9 @@ class NoLog:
     def event(self, kind: str, **fields: Any) -> None:
         """As `RunLog.event`."""
 
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """As `RunLog.pictures`."""
+
     def roll_back(self, step: int) -> None:
         """As `RunLog.roll_back`."""
 
@@ -295,6 +310,12 @@ class NoLog:
     def full_disk_borne(self) -> contextlib.nullcontext:
         """As `RunLog.full_disk_borne`."""
         return contextlib.nullcontext()
+
+
+def _console(total_steps: int, console: Console | None, pictures: bool) -> ConsoleHandler | CellHandler:
+    if console is None and in_notebook():
+        return CellHandler(total_steps=total_steps, pictures=pictures)
+    return ConsoleHandler(total_steps=total_steps, console=console)
 
 
 class _LogFile(logging.FileHandler):
