@@ -87,7 +87,7 @@ def test_tokens_are_spread_over_replicas():
 @pytest.mark.parametrize("slack", [1.25, 0.1], ids=["slots suffice", "several rounds"])
 def test_a_layer_with_replicas_gives_what_the_plain_one_does(slack):
     """12 experts in 16 places on 4 devices; no token is dropped."""
-    tokens, cfg = 32, MoEConfig(num_experts=16, num_groups=1, top_groups=1, top_k=3)
+    tokens, cfg = 128, MoEConfig(num_experts=16, num_groups=1, top_groups=1, top_k=3)
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((tokens, 12)) - (np.arange(12) == 5), axis=1)[:, :3].astype(np.int32)
     x, weights, gate_up, down = layer(ids, 12)
