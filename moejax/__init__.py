@@ -6,6 +6,8 @@ themselves (`moejax.notebook`).
 """
 
 import importlib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moejax.config import (
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from moejax.mesh import simulate
     from moejax.pipeline.simulate import Timeline
     from moejax.plan.plan import Plan
+    from moejax.serve.evaluate import Evaluation, evaluate
     from moejax.serve.load import load
     from moejax.train.run import RunResult
 
@@ -44,6 +47,7 @@ __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "Evaluation",
     "LaunchConfig",
     "LogConfig",
     "MTPConfig",
@@ -60,9 +64,11 @@ __all__ = [
     "Timeline",
     "YarnConfig",
     "compare_schedules",
+    "evaluate",
     "load",
     "load_config",
     "plan",
+    "report",
     "schedule",
     "simulate",
     "timeline",
@@ -70,15 +76,18 @@ __all__ = [
 ]
 
 _LOADED_ON_USE = {
+    "Evaluation": "moejax.serve.evaluate",
     "Plan": "moejax.plan.plan",
     "RunResult": "moejax.train.run",
     "Timeline": "moejax.pipeline.simulate",
+    "evaluate": "moejax.serve.evaluate",
     "load": "moejax.serve.load",
     "simulate": "moejax.mesh",
 }
 
-# The packages of the same names would take the places of `train` and `plan` when first imported: import them before.
+# The packages of the same names would take the places of these functions when first imported: import them before.
 importlib.import_module("moejax.train")
+importlib.import_module("moejax.report")
 importlib.import_module("moejax.plan")
 
 show_results()
@@ -96,6 +105,12 @@ def train(config: RunConfig, **options: Any) -> "RunResult":
 def plan(config: RunConfig, hardware: Any = "h800", devices: int | None = None) -> "Plan":
     """The memory, the time and the cost of a run; arguments and errors are `moejax.plan.plan.plan`'s."""
     return importlib.import_module("moejax.plan.plan").plan(config, hardware, devices)
+
+
+def report(folders: "str | Path | Sequence[str | Path]", out: "str | Path | None" = None) -> Path:
+    """Writes a page on one or several runs and returns its path; see `moejax.report.page.write_report`."""
+    one = isinstance(folders, str | Path)
+    return importlib.import_module("moejax.report.page").write_report([folders] if one else folders, out)
 
 
 def timeline(program: schedule.Program, **costs: float) -> "Timeline":

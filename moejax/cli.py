@@ -4,9 +4,14 @@
     moejax show CONFIG [--any.field value ...]       the arrays of the training state and the stages of a pipeline
     moejax generate RUN --prompt TEXT [...]          text from a trained model
     moejax checkpoints RUN [ACTION] [STEP] [TO]      list, verify, show, copy or export the checkpoints of a run
+    moejax eval RUN DATA ...                         loss, perplexity and bits per byte; experts used, by domain
+    moejax placement RUN --gpus N [--redundant N]    where experts should lie to serve a model
+    moejax import-hf DIR OUT                         a run folder of a model in the layout of Hugging Face
+    moejax export-hf RUN DIR [--dtype bf16|fp8|fp32] the model of a run in that layout
     moejax train-tokenizer FILES ... --out FILE      a BPE tokenizer.json from text
     moejax schedule [--kind NAME --stages N ...]     a pipeline schedule as text and picture, and what it costs
     moejax plan CONFIG [--any.field value ...]       memory, time and cost of a run, before anyone rents a GPU
+    moejax report RUN [RUN ...] [--out FILE]         one HTML page on a run, or one that compares several
     moejax COMMAND --help                            all options
 
 Whatever the user can get wrong ends as one line on stderr. Exit codes: 0 done, or stopped on request with a checkpoint;
@@ -25,9 +30,14 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from moejax.commands.evaluate import eval_command
+from moejax.commands.generate import generate_command
 from moejax.commands.parser import Parser
+from moejax.commands.placement import placement_command
 from moejax.commands.plan import plan_command
+from moejax.commands.report import report_command
 from moejax.commands.schedule import schedule_command
+from moejax.commands.weights import DTYPES, export_command, exported, import_command
 from moejax.config import ConfigError, DataConfig, RunConfig
 from moejax.config_source import USAGE, load_config, override
 from moejax.launch.join import is_joined, join, leave
@@ -71,11 +81,16 @@ def _run(words: list[str]) -> int:
     commands = {
         "train": _train,
         "show": _show,
-        "generate": _generate,
+        "generate": generate_command,
         "checkpoints": _checkpoints,
         "train-tokenizer": _train_tokenizer,
         "schedule": schedule_command,
         "plan": plan_command,
+        "report": report_command,
+        "import-hf": import_command,
+        "export-hf": export_command,
+        "eval": eval_command,
+        "placement": placement_command,
     }
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
@@ -130,28 +145,6 @@ def _show(words: list[str]) -> int:
     return DONE
 
 
-def _generate(words: list[str]) -> int:
-    parser = Parser("generate", "Continues a prompt with a trained model's samples.")
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or Hugging Face folder")
-    parser.add_argument("--prompt", default="", help="start of the text")
-    parser.add_argument("--max-tokens", type=int, default=200, help="tokens that are added at most")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the most likely token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample among the likeliest that hold this share")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    options = parser.parse_args(words)
-    from moejax.serve.load import load
-
-    text = load(options.run).generate(
-        options.prompt,
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    print(options.prompt + text)
-    return DONE
-
-
 def _checkpoints(words: list[str]) -> int:
     parser = Parser("checkpoints", "Lists, verifies, shows, copies or exports the checkpoints of a run.")
     parser.add_argument("run", metavar="RUN", help="run folder; for list and copy also an address with copies")
@@ -167,7 +160,7 @@ def _checkpoints(words: list[str]) -> int:
     parser.add_argument("step", metavar="STEP", nargs="?", type=int, help="its step; None: the newest, and verify all")
     parser.add_argument("to", metavar="TO", nargs="?", help="folder that is made; an address, as s3://bucket/run")
     parser.add_argument("--json", action="store_true", help="list and show as JSON")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of the weights of an export")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of the weights of an export")
     parser.add_argument("--ema", action="store_true", help="export the averaged weights (optimizer.ema_decay)")
     parser.add_argument("--shard-size", type=float, default=5.0, metavar="GB", help="of an export's files at most")
     options = parser.parse_args(words)
@@ -192,7 +185,11 @@ def _checkpoints(words: list[str]) -> int:
     elif options.to is None:
         raise ConfigError("TO", None, f"a place for it: moejax checkpoints RUN {options.action} STEP TO")
     else:
-        print(_copied(folders[-1], options) if options.action == "copy" else _exported(folders[-1], options))
+        print(
+            _copied(folders[-1], options)
+            if options.action == "copy"
+            else exported(folders[-1], options.to, options.dtype, options.ema, options.shard_size)
+        )
     return DONE
 
 
@@ -202,14 +199,6 @@ def _copied(folder: Path, options: argparse.Namespace) -> str:
     if not is_address(options.to):
         return f"{options.to}: {copy(folder, Path(options.to))} files, equal to {folder}"
     return f"{options.to}/{folder.name}: {send(folder, options.to)} files sent, now equal to {folder}"
-
-
-def _exported(folder: Path, options: argparse.Namespace) -> str:
-    from moejax.serve.export import export
-
-    shard_bytes = options.shard_size * 1e9
-    done = export(folder, Path(options.to), dtype=options.dtype, ema=options.ema, shard_bytes=shard_bytes)
-    return f"{options.to}: {done.tensors} tensors of {folder} in {done.files} files, {done.bytes / 1e6:,.1f} MB"
 
 
 def _copies(options: argparse.Namespace) -> int:

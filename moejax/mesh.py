@@ -50,17 +50,27 @@ def resolve(config: RunConfig, num_devices: int) -> RunConfig:
     Raises:
         ConfigError: the mesh is not one of `num_devices` devices, or the model or batch does not divide over it.
     """
-    mesh, pipeline = _filled(config.mesh, num_devices), config.pipeline
+    mesh, pipeline = fit(config.mesh, config.model, num_devices), config.pipeline
     micro = pipeline.microbatches or _microbatches(config, mesh)
     pipeline = dataclasses.replace(pipeline, microbatches=micro)
     config = dataclasses.replace(config, mesh=mesh, pipeline=pipeline)
-    _require_division(config.model, mesh)
     batch, shards = config.data.batch_size, mesh.batch_shards
     if batch // micro % shards:
         axes = f"mesh.replica={mesh.replica} x mesh.data={mesh.data} x mesh.expert={mesh.expert}"
         wanted = f"a multiple of {micro * shards}, {axes} for each of pipeline.microbatches={micro}"
         raise ConfigError("data.batch_size", batch, wanted)
     return config
+
+
+def fit(cfg: MeshConfig, model: ModelConfig, num_devices: int) -> MeshConfig:
+    """`cfg` with its -1 filled in.
+
+    Raises:
+        ConfigError: it is not a mesh of `num_devices` devices, or the model does not divide over it.
+    """
+    cfg = _filled(cfg, num_devices)
+    _require_division(model, cfg)
+    return cfg
 
 
 def _microbatches(config: RunConfig, mesh: MeshConfig) -> int:

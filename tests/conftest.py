@@ -11,6 +11,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import dataclasses
+import time
 
 import jax
 import pytest
@@ -29,7 +30,26 @@ from moejax.config import (
     ScheduleConfig,
 )
 
+_STARTED = time.monotonic()
 WORDS = ("route", "each", "token", "to", "a", "few", "experts", "and", "drop", "none")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--seconds", type=float, help="begin no test after so many seconds; the rest is skipped, and named"
+    )
+    parser.addoption("--turn", type=int, default=0, help="start with another of the tests, in turn")
+
+
+def pytest_collection_modifyitems(config, items):
+    start = config.getoption("--turn") * 7 % max(len(items), 1)
+    items[:] = items[start:] + items[:start]
+
+
+def pytest_runtest_setup(item):
+    seconds = item.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - _STARTED > seconds:
+        pytest.skip(f"{item.nodeid} is left for another day: {seconds:.0f} s are over")
 
 
 @pytest.fixture

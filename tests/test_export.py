@@ -198,7 +198,7 @@ def test_the_tokenizer_comes_along(averaging, untrained, tmp_path):
         (["3"], "TO=None: wanted a place"),
         (["4", "NEW"], "STEP=4: wanted a checkpoint of .*, which has 3"),
         (["3", "NEW", "--ema"], "--ema=True: wanted averaged weights"),
-        (["3", "NEW", "--dtype", "fp8"], "dtype.*fp8"),
+        (["3", "NEW", "--dtype", "fp16"], "dtype.*fp16"),
         (["3", "NEW", "--shard-size", "0"], "shard size=0"),
     ],
     ids=["something there", "cannot be written", "no place", "no such step", "no averages", "no such dtype", "no size"],

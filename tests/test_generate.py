@@ -1,67 +1,218 @@
+"""Answers of a whole model: against the forward pass without a cache, with drafts, on meshes, and as text."""
+
+import dataclasses
+import logging
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_mtp import CFG, draw
 
 import moejax
-from moejax.config import ConfigError
-from moejax.serve.generate import sample_tokens
+from moejax.config import ONE_DEVICE, ConfigError, DataConfig, MeshConfig, MTPConfig, RunConfig
+from moejax.data.tokens import Tokenizer
+from moejax.mesh import make_mesh
+from moejax.serve.load import from_state
+from moejax.train.state import abstract_state
 
-SCORES = np.log(np.asarray([0.5, 0.3, 0.15, 0.05]))
-
-
-def fixed(scores=SCORES):
-    """A model that does not look at its tokens."""
-    return lambda tokens, last: jnp.asarray(scores, jnp.float32)
-
-
-def draw(count=400, **options):
-    options = {"max_tokens": count, "context": 8, "seed": 1, **options}
-    return np.bincount(sample_tokens(fixed(), [0], **options), minlength=4) / count
+VOCAB, CONTEXT, MOST = 8, 48, 24
+PROMPTS = ([3, 1, 4], [1], [5, 2, 6, 5, 3, 5, 1, 2, 3, 1, 7, 2, 4, 6, 1, 2, 3, 4])
 
 
-def test_temperature_0_takes_the_likeliest():
-    assert draw(temperature=0.0)[0] == 1
+class Letters(Tokenizer):
+    """Ids 0 to 7 are the end and a to g."""
+
+    vocab_size, end_id = VOCAB, 0
+
+    def encode_batch(self, texts):
+        return [np.asarray([ord(letter) - ord("a") + 1 for letter in text], np.int64) for text in texts]
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + index - 1) for index in ids if index)
 
 
-def test_samples_follow_the_probabilities():
-    """400 draws: the share of a token with probability p has the standard deviation sqrt(p (1 - p) / 400) <= 0.025."""
-    np.testing.assert_allclose(draw(), np.exp(SCORES), atol=4 * 0.025)
+def made(depth=1, mesh=ONE_DEVICE):
+    """A model with random weights; its few tokens make drafts right now and then."""
+    attention = dataclasses.replace(CFG.attention, q_lora_rank=8, kv_lora_rank=8)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_layers": 1, "num_dense_layers": 0}
+    cfg = dataclasses.replace(CFG, **sizes, attention=attention, mtp=MTPConfig(depth=depth))
+    data = DataConfig(sequence_length=CONTEXT, batch_size=8)
+    config = RunConfig(steps=1, precision="fp32", model=cfg, mesh=mesh, data=data)
+    devices = make_mesh(mesh, jax.devices()[: mesh.batch_shards])
+    like, drawn = abstract_state(config, devices), draw(cfg)[1:3]
+    placed = [
+        jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), *pair)
+        for pair in zip(drawn, (like.params, like.router_bias), strict=True)
+    ]
+    return from_state(config, devices, *placed, Letters())
 
 
-@pytest.mark.parametrize("top_p, kept", [(0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)])
-def test_top_p_keeps_the_likeliest(top_p, kept):
-    shares = draw(top_p=top_p)
-    assert (shares > 0).sum() == kept and shares[kept:].sum() == 0
+@pytest.fixture(scope="module")
+def model():
+    return made()
 
 
-def test_seed_decides_the_tokens():
-    sample = lambda seed: sample_tokens(fixed(), [0], max_tokens=30, context=8, seed=seed)  # noqa: E731
-    assert sample(3) == sample(3) != sample(4)
+def answer(model, prompts=PROMPTS, **options):
+    return model.answer(prompts, **{"max_tokens": MOST, "temperature": 0.0, **options})
 
 
-def test_model_sees_the_newest_tokens_and_stop_ends():
-    seen = []
+def likeliest(model, prompt, context=CONTEXT, count=MOST, ends=(0,)):
+    """One token after the other, each from a whole forward pass."""
+    seen, said = list(prompt), []
+    while len(said) < count:
+        seen = seen[-(context // 2) :] if len(seen) > context else seen
+        padded = np.pad(np.asarray(seen, np.int32), (0, CONTEXT - len(seen)))
+        token = int(model.logits(padded[None])[0, len(seen) - 1].argmax())
+        if token in ends:
+            break
+        seen.append(token)
+        said.append(token)
+    return said
 
-    def next_scores(tokens, last):
-        seen.append(tokens[0, : last + 1].tolist())
-        return jnp.asarray(np.eye(10)[min(len(seen) + 4, 8)] * 100, jnp.float32)
 
-    assert sample_tokens(next_scores, [1, 2, 3], max_tokens=20, context=4, stop=8) == [5, 6, 7]
-    assert seen == [[1, 2, 3], [1, 2, 3, 5], [2, 3, 5, 6], [3, 5, 6, 7]]
+@pytest.fixture(scope="module")
+def wanted(model):
+    return [likeliest(model, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "with drafts"])
+def test_batch_of_prompts_of_different_lengths_matches_the_forward_pass(model, wanted, speculative):
+    got = answer(model, speculative=speculative)
+    assert got.ids == wanted and max(map(len, wanted)) > 5
+    assert got.ended == ["length" if len(ids) == MOST else "stop" for ids in wanted]
+    speed = got.speed
+    assert speed.tokens == sum(map(len, wanted)) and speed.prompt_tokens == sum(map(len, PROMPTS))
+    if speculative:
+        assert 0 < speed.accepted < speed.drafted and speed.acceptance == speed.accepted / speed.drafted
+    else:
+        assert speed.drafted == 0 and speed.acceptance is None
+
+
+@pytest.mark.slow
+def test_chain_of_drafts_matches_the_forward_pass():
+    model = made(depth=2)
+    got = answer(model, speculative=True)
+    assert got.ids == [likeliest(model, prompt) for prompt in PROMPTS]
+    assert 0 < got.speed.accepted < got.speed.drafted
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "with drafts"])
+def test_what_is_older_than_the_context_is_forgotten_and_said(model, speculative, caplog):
+    """Each row forgets when its own length says so: the same in a batch, alone, and with drafts."""
+    short = dataclasses.replace(model, context=12)
+    with caplog.at_level(logging.WARNING, logger="moejax"):
+        got = answer(short, stop=(), speculative=speculative)
+    assert got.ids == [likeliest(model, prompt, context=12) for prompt in PROMPTS]
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert (
+        line == "18 + 24 tokens are more than the 12 that the model was trained on: it sees the newest 6 to 12 of them"
+    )
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "with drafts"])
+def test_tokens_have_the_probabilities_of_the_forward_pass(model, speculative):
+    """The first two tokens of 1200 answers, pair by pair; the deviation of a share is sqrt(p (1 - p) / n)."""
+    count, prompt = 1200, [3, 1, 4]
+    settings = {"max_tokens": 2, "temperature": 0.7, "speculative": speculative}
+    ids = model.answer([prompt] * count, seed=range(count), **settings).ids
+    padded = np.zeros((VOCAB, 5), np.int32)
+    padded[:, :3], padded[:, 3] = prompt, np.arange(VOCAB)
+    scores = model.logits(padded) / 0.7
+    probs = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    first, pairs = probs[0, 2], probs[0, 2][:, None] * probs[:, 3]
+    pairs[0] = 0  # after the end nothing comes
+    seen = np.zeros((VOCAB, VOCAB))
+    for one in ids:
+        if one:
+            seen[one[0], one[1] if len(one) > 1 else 0] += 1
+    bound = 4.5 * np.sqrt(pairs * (1 - pairs) / count) + 1e-12
+    np.testing.assert_array_less(np.abs(seen / count - pairs), bound)
+    alone = sum(not one for one in ids) / count
+    assert abs(alone - first[0]) < 4.5 * np.sqrt(first[0] * (1 - first[0]) / count)
+
+
+def test_answer_depends_on_its_own_prompt_and_seed_alone(model):
+    settings = {"temperature": 1.0, "max_tokens": MOST}
+    together = model.answer(PROMPTS, seed=[5, 6, 7], **settings).ids
+    assert together == model.answer(PROMPTS, seed=5, **settings).ids
+    alone = [
+        model.answer([prompt], seed=seed, **settings).ids[0] for prompt, seed in zip(PROMPTS, (5, 6, 7), strict=True)
+    ]
+    assert alone == together != model.answer(PROMPTS, seed=6, **settings).ids
+
+
+def test_nothing_is_compiled_while_tokens_come(model):
+    """Nor for another batch of the same sizes: a first program of a new size shows that compiling is counted."""
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        jax.jit(lambda x: x * 3 + 1)(np.zeros((7, 11, 13)))
+        assert compiled
+        answer(model)
+        compiled.clear()
+        answer(model, [[2, 1], [7], [6] * 12], max_tokens=MOST - 4)
+        assert not compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_texts_and_ids_end_an_answer(model, wanted):
+    longest = max(wanted, key=len)
+    prompt = PROMPTS[wanted.index(longest)]
+    text = Letters().decode(longest)
+    asked = {"max_tokens": MOST, "temperature": 0.0}
+    assert model.answer([prompt], stop=[text[3:5]], **asked).texts == [text[: text.index(text[3:5])]]
+    assert answer(model, [prompt], stop=longest[4]).ids == [longest[: longest.index(longest[4])]]
+    pieces = list(model.stream(Letters().decode(prompt), **asked))
+    assert "".join(pieces) == text and len(pieces) == len(text)
+    assert model.generate(Letters().decode(prompt), **asked) == text
+    assert model.generate([Letters().decode(p) for p in PROMPTS], **asked) == [Letters().decode(w) for w in wanted]
+    assert model.answer([], **asked).ids == [] and model.answer([prompt], max_tokens=0).ids == [[]]
 
 
 @pytest.mark.parametrize(
-    "options, error",
+    "prompts, options, error",
     [
-        ({"temperature": -1.0}, "temperature=-1.0: wanted 0 or more"),
-        ({"temperature": float("nan")}, "temperature=nan: wanted 0 or more"),
-        ({"top_p": 0.0}, "top_p=0.0: wanted above 0, at most 1"),
+        (["a"], {"temperature": -1.0}, "temperature=-1.0: wanted 0 or more"),
+        (["a"], {"max_tokens": -1}, "max_tokens=-1: wanted 0 or more"),
+        (["a", "b"], {"seed": [1]}, "wanted one number, or one for each of the 2 prompts"),
+        ([[1], []], {}, "wanted at least one token"),
+        ([[1, 8]], {}, "prompt=8: wanted ids from 0 to 7"),
+        (["a"], {"stop": ["b", ""]}, "wanted texts that are not empty"),
     ],
 )
-def test_settings_that_do_not_fit_are_named(options, error):
+def test_settings_that_do_not_fit_are_named(model, prompts, options, error):
     with pytest.raises(ConfigError, match=error):
-        sample_tokens(fixed(), [0], max_tokens=1, context=8, **options)
+        model.answer(prompts, **options)
+
+
+def test_what_a_model_does_not_have_is_named(model):
+    without = dataclasses.replace(model, tokenizer=None)
+    assert answer(without, [[3, 1, 4]]).texts is None
+    for call in (lambda: without.generate("a"), lambda: without.answer([[1]], stop=["b"])):
+        with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+            call()
+    with pytest.raises(ConfigError, match="wanted a model with MTP modules"):
+        made(depth=0).answer(["a"], speculative=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=2, expert=2),
+        MeshConfig(data=2, expert=2, sharding="fsdp"),
+        MeshConfig(replica=2, data=2, expert=2, sharding="hsdp"),
+        MeshConfig(data=1, expert=2, exchange_slack=0.1),
+    ],
+    ids=["zero1", "fsdp", "hsdp", "several rounds of the exchange"],
+)
+def test_mesh_answers_as_one_device(mesh, wanted):
+    """Three prompts, which do not divide over the devices."""
+    spread = made(mesh=mesh)
+    for speculative in (False, True):
+        assert answer(spread, speculative=speculative).ids == wanted
 
 
 def test_loaded_run_gives_the_loss_it_was_validated_with(run_config):
@@ -80,7 +231,10 @@ def test_loaded_run_gives_the_loss_it_was_validated_with(run_config):
     picked = np.take_along_axis(log_probs, batch.tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(-picked[batch.loss_mask[:, 1:]].mean(), result.valid_loss, rtol=1e-5)
     text = model.generate("route each", max_tokens=5, temperature=0.0)
-    assert text == model.generate("route each", max_tokens=5, temperature=0.0)
+    spread = moejax.load(result.folder, mesh=MeshConfig(data=-1, expert=4))
+    assert spread.mesh.size == 8 and spread.generate("route each", max_tokens=5, temperature=0.0) == text
+    with pytest.raises(ConfigError, match=r"mesh\.pipe=2: wanted 1"):
+        moejax.load(result.folder, mesh=MeshConfig(pipe=2))
 
 
 def test_load_names_what_is_missing(tmp_path, run_config):

@@ -75,6 +75,10 @@ def test_two_processes_equal_one_device(config, tmp_path, sharding):
         for key in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
             np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
         assert two["max_violation"] == one["max_violation"]
+    one, two = (
+        json.loads((tmp_path / name / "expert_load.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")
+    )
+    assert two == one and np.any(one["bias"])
 
 
 LOWERED = """

@@ -39,12 +39,16 @@ def test_run_folder_holds_what_the_documentation_names(config):
         log.event("started", unigram_loss=3.0)
         log.step(metrics(1, max_violation=[0.5, 1.5]))
         log.expert_load(1, [[0.5, 1.5], [1.0, 1.0]])
+        log.expert_load(2, [[1.0, 1.0]], [[0.25, -0.25]])
         log.finish("finished", sample="text")
     named = set(re.findall(r"^    ([\w.]+?)/? {2,}", runlog.__doc__, re.MULTILINE))
     assert named == {path.name for path in log.folder.iterdir()}
     assert RunConfig.from_json((log.folder / "config.json").read_text()) == RunConfig(steps=10, out=config.out)
     assert json.loads((log.folder / "environment.json").read_text())["packages"]["jax"]
-    assert lines(config, "expert_load") == [{"step": 1, "load": [[0.5, 1.5], [1.0, 1.0]]}]
+    assert lines(config, "expert_load") == [
+        {"step": 1, "load": [[0.5, 1.5], [1.0, 1.0]]},
+        {"step": 2, "load": [[1.0, 1.0]], "bias": [[0.25, -0.25]]},
+    ]
     assert [event["kind"] for event in lines(config, "events")] == ["started", "finished"]
 
 

@@ -44,7 +44,16 @@ class Block(nnx.Module):
         segment_ids_BS: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         """Returns the block's output and, of a mixture of experts, its load."""
-        mixed_BSD = self.attention(self.attention_norm(x_BSD), positions_BS, segment_ids_BS)
+        return self._fed_forward(x_BSD, self.attention(self.attention_norm(x_BSD), positions_BS, segment_ids_BS))
+
+    def decode(
+        self, x_BSD: Float[Array, "B S D"], positions_BS: Int[Array, "B S"], cache_BME: Float[Array, "B M E"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B M E"]]:
+        """The block's output at new positions, and the cache of its attention with them in it."""
+        mixed_BSD, cache_BME = self.attention.decode(self.attention_norm(x_BSD), positions_BS, cache_BME)
+        return self._fed_forward(x_BSD, mixed_BSD)[0], cache_BME
+
+    def _fed_forward(self, x_BSD: Array, mixed_BSD: Array) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         x_BSD = checkpoint_name(x_BSD + mixed_BSD, "after_attention")
         if isinstance(self.ffn, MoE):
             y_BSD, stats = self.ffn(self.ffn_norm(x_BSD))

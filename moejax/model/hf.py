@@ -7,9 +7,8 @@ that view, writing reads from it. The rotated dims need no permutation: the rele
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from moejax.config import ConfigError, ModelConfig
 from moejax.model.count import abstract_model
 from moejax.model.hf_config import config_from_hf
+from moejax.model.hf_files import Tensors, read_json
 from moejax.model.transformer import Transformer
 
 # ------------------------------------------------------------------------------------------------------- tensor names
@@ -101,11 +100,21 @@ class Place:
         """The tensor as a view, if the parameter is a NumPy array, else as a copy."""
         return self.view(np.asarray(parameters[self.parameter][self.index]))
 
+    def shape(self, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        """The shape of the tensor, given those of the parameters."""
+        whole = shapes[self.parameter][len(self.index) :]
+        return self.view(np.broadcast_to(np.float32(0), whole)).shape  # takes no memory
+
 
 def named_leaves(model: Transformer) -> dict[str, Any]:
     """The model's arrays by path: `moe_blocks.ffn.router_DE`."""
     leaves = jax.tree_util.tree_leaves_with_path(model)
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): x for path, x in leaves}
+
+
+def parameter_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by `named_leaves`."""
+    return {name: x.shape for name, x in named_leaves(abstract_model(cfg)).items()}
 
 
 def tensor_places(parameters: dict[str, Any], cfg: ModelConfig) -> dict[str, Place]:
@@ -145,88 +154,44 @@ def to_hf_tensors(model: Transformer, cfg: ModelConfig) -> Iterator[tuple[str, n
 
 
 def load_hf(folder: str | Path) -> tuple[ModelConfig, Transformer]:
-    """The model of a folder with `config.json` and `.safetensors` files (FP32, FP16 or BF16), in float32.
+    """The model of a folder with `config.json` and `.safetensors` files (FP32, FP16, BF16 or FP8), in float32.
+
+    Raises:
+        ConfigError: a file cannot be read, or tensors are missing, unexpected or of another shape: all of them at once.
+    """
+    with open_hf(Path(folder)) as (cfg, tensors):
+        abstract = abstract_model(cfg)
+        values = {name: np.zeros(x.shape, np.float32) for name, x in named_leaves(abstract).items()}
+        for name, place in tensor_places(values, cfg).items():
+            if not place.copy:
+                place.of(values)[...] = tensors.read(name)
+    return cfg, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in values.values()])
+
+
+@contextmanager
+def open_hf(folder: Path) -> Iterator[tuple[ModelConfig, Tensors]]:
+    """The model that a folder's config.json says, and its tensors, which are all of that model.
 
     `transformers` writes the number of MTP modules without the modules: if a folder has no tensor of any, the model
     has none either.
 
     Raises:
-        ConfigError: a file cannot be read, or tensors are missing, unexpected or of another shape: all of them at once.
+        ConfigError: as `load_hf`.
     """
-    folder = Path(folder)
-    with ExitStack() as stack:
-        tensors = _open_tensors(folder, stack)
-        cfg = config_from_hf(_read_json(folder / "config.json"))
-        if not any(name.startswith(f"model.layers.{cfg.num_layers}.") for name in tensors):
+    with Tensors(folder) as tensors:
+        cfg = config_from_hf(read_json(folder / "config.json"))
+        if not tensors.has_layer(cfg.num_layers):
             cfg = _without_mtp(cfg)
-        abstract = abstract_model(cfg)
-        shapes = named_leaves(abstract)
+        shapes = parameter_shapes(cfg)
         places = tensor_places(shapes, cfg)
-        _check(folder, tensors, places, {name: np.broadcast_to(np.float32(0), x.shape) for name, x in shapes.items()})
-        values = {name: np.zeros(x.shape, np.float32) for name, x in shapes.items()}
-        for name, place in places.items():
-            if name in tensors and not place.copy:
-                place.of(values)[...] = tensors[name].get_tensor(name)
-        for name, place in places.items():
-            if name in tensors and place.copy and not np.array_equal(place.of(values), tensors[name].get_tensor(name)):
+        copies = {name: place.parameter for name, place in places.items() if place.copy}
+        tensors.require({name: place.shape(shapes) for name, place in places.items()}, set(copies))
+        originals = {place.parameter: name for name, place in places.items() if not place.copy}
+        for name, parameter in copies.items():
+            if name in tensors and not np.array_equal(tensors.read(originals[parameter]), tensors.read(name)):
                 raise ConfigError("checkpoint", str(folder), f"{name} to be a copy of the main model's tensor")
-    return cfg, jax.tree.unflatten(jax.tree.structure(abstract), [jnp.asarray(x) for x in values.values()])
+        yield cfg, tensors
 
 
 def _without_mtp(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, mtp=dataclasses.replace(cfg.mtp, depth=0))
-
-
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Every tensor's name in the folder's files, and the open file it is in."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        paths = sorted({folder / file for file in _read_json(index).get("weight_map", {}).values()})
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ConfigError("checkpoint", str(folder), "a folder with .safetensors files")
-    tensors = {}
-    for path in paths:
-        try:
-            file = stack.enter_context(safe_open(path, framework="np"))
-        except (OSError, SafetensorError) as error:
-            raise ConfigError("checkpoint", str(path), f"a whole safetensors file ({error})") from None
-        tensors.update(dict.fromkeys(file.keys(), file))
-    return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def _check(folder: Path, tensors: dict[str, Any], places: dict[str, Place], shapes: dict[str, np.ndarray]) -> None:
-    """Raises one error with every tensor that is missing, unexpected or of another shape or type than it should be."""
-    slices = {name: file.get_slice(name) for name, file in tensors.items()}
-    for name, part in slices.items():
-        if name.endswith("weight_scale_inv") or part.get_dtype().startswith("F8"):
-            wanted = f"weights in BF16, FP16 or FP32; {name} is of an FP8 checkpoint (weight_scale_inv)"
-            raise ConfigError("checkpoint", str(folder), wanted)
-    misshapen = []
-    for name, place in places.items():
-        want = list(place.of(shapes).shape)
-        if name in slices and (got := slices[name].get_shape()) != want:
-            misshapen.append(f"{name} {got} where its config.json says {want}")
-    wrong = {
-        "missing": [name for name, place in places.items() if name not in tensors and not place.copy],
-        "unexpected": [name for name in tensors if name not in places],
-        "of another shape": misshapen,
-    }
-    if any(wrong.values()):
-        parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in wrong.items() if names]
-        raise ConfigError("checkpoint", str(folder), "the tensors that its config.json says; " + "; ".join(parts))
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError("checkpoint", str(path), f"a JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError("checkpoint", str(path), "a JSON object")
-    return values

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, matrix
@@ -50,9 +50,7 @@ class MoE(nnx.Module):
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], BlockStats]:
         """Returns the sum of the shared and the chosen experts, and the load."""
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST)
-        bias_E = None if self.router_bias is None else self.router_bias[...]
-        ids_TK, weights_TK, scores_TE = route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)
+        ids_TK, weights_TK, scores_TE = self.route(x_TD)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
         mesh = self.mesh
         exchange = plan_exchange(self.cfg, len(x_TD), mesh.expert, mesh.expert_nodes, mesh.exchange_slack, self.fp8)
@@ -63,3 +61,9 @@ class MoE(nnx.Module):
         balance = balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg)
         stats = BlockStats(counts_E, balance, rounds.max(initial=1))
         return y_TD.reshape(x_BSD.shape), stats
+
+    def route(self, x_TD: Float[Array, "T D"]) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
+        """The experts of each token, their weights, and the affinities of all; see `moejax.ops.routing.route`."""
+        logits_TE = jnp.dot(x_TD.astype(jnp.float32), self.router_DE[...], precision=jax.lax.Precision.HIGHEST)
+        bias_E = None if self.router_bias is None else self.router_bias[...]
+        return route(checkpoint_name(logits_TE, "router_logits"), bias_E, self.cfg)

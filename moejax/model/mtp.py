@@ -37,9 +37,21 @@ class MTPModule(nnx.Module):
         segment_ids_BS: Int[Array, "B S"] | None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
         """Position i holds the hidden state of token i and the embedding of token i + depth."""
+        return run_block(self.block, self._joined(hidden_BSD, embedded_BSD), positions_BS, segment_ids_BS, self.remat)
+
+    def decode(
+        self,
+        hidden_BSD: Float[Array, "B S D"],
+        embedded_BSD: Float[Array, "B S D"],
+        positions_BS: Int[Array, "B S"],
+        cache_BME: Float[Array, "B M E"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B M E"]]:
+        """The same at new positions, and the cache of its attention with them in it."""
+        return self.block.decode(self._joined(hidden_BSD, embedded_BSD), positions_BS, cache_BME)
+
+    def _joined(self, hidden_BSD: Array, embedded_BSD: Array) -> Float[Array, "B S D"]:
         joined_BSE = jnp.concatenate([self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
-        x_BSD = linear(joined_BSE, self.join_2DD[...])  # never in FP8: the released checkpoint has it in BF16
-        return run_block(self.block, x_BSD, positions_BS, segment_ids_BS, self.remat)
+        return linear(joined_BSE, self.join_2DD[...])  # never in FP8: the released checkpoint has it in BF16
 
 
 def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, fp8: bool = False) -> MTPModule:

@@ -92,11 +92,6 @@ class Transformer(nnx.Module):
         """Float32 scores of every next token, for reading; training uses `losses`."""
         return self._scores(self.hidden(self.embed(tokens_BS, dtype), None)[0])
 
-    def next_logits(self, tokens_BS: Int[Array, "B S"], last: Int[Array, ""], dtype: DTypeLike) -> Float[Array, "B V"]:
-        """Float32 scores of the token after the one at the index `last`, for sampling."""
-        hidden_BSD = self.hidden(self.embed(tokens_BS, dtype), None)[0]
-        return self._scores(jax.lax.dynamic_index_in_dim(hidden_BSD, last, axis=1, keepdims=False))
-
     def _scores(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         normed = self._final_norm(hidden)
         head_DV, axes = self.head_DV[...].astype(normed.dtype), self.mesh.gather_axes

@@ -7,6 +7,7 @@ reduction.
 T tokens of this device, D model dim, C columns of this device, V vocabulary, n devices of the axes.
 """
 
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
@@ -24,3 +25,14 @@ def embed(
     all_tokens_A = lax.all_gather(tokens_T, axes, tiled=True)
     rows_AC = table_VC[all_tokens_A].astype(dtype)
     return lax.all_to_all(rows_AC, axes, split_axis=0, concat_axis=1, tiled=True)
+
+
+def unembed(x_TD: Float[Array, "T D"], head_DC: Float[Array, "D C"], axes: tuple[str, ...]) -> Float[Array, "T V"]:
+    """The tokens' scores of the whole vocabulary, float32, where each device of `axes` has some columns of the head.
+
+    Not the head travels but the tokens, and their scores back.
+    """
+    if axes:
+        x_TD = lax.all_gather(x_TD, axes, tiled=True)
+    scores = jnp.dot(x_TD, head_DC.astype(x_TD.dtype), preferred_element_type=jnp.float32)
+    return lax.all_to_all(scores, axes, split_axis=0, concat_axis=1, tiled=True) if axes else scores

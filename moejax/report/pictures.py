@@ -18,8 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from moejax.report.axes import smooth
+
 BLUE, ORANGE, GREEN, RED, GREY = "#2563a8", "#d9730d", "#2e8540", "#b3261e", "#6b7280"
-SMOOTHING = 100  # steps over which a curve is averaged, at most; a tenth of a shorter run
 
 
 def draw_pictures(run_folder: str | Path) -> list[Path]:
@@ -81,7 +82,7 @@ def draw_expert_load(steps: list[dict[str, Any]], latest: dict[str, Any]) -> Fig
         axis.set_major_locator(_whole_numbers())
     at, violation_SL = _series(steps, "max_violation")
     for layer, colour in enumerate(colormaps["viridis"](np.linspace(0, 0.9, violation_SL.shape[1]))):
-        right.plot(at, _smooth(violation_SL[:, layer]), color=colour, linewidth=1.3, label=f"layer {layer}")
+        right.plot(at, smooth(violation_SL[:, layer]), color=colour, linewidth=1.3, label=f"layer {layer}")
     _axes_style(right)
     right.set(title="Violation of balance", ylabel="(fullest expert - mean) / mean", xlabel="step", ylim=(0, None))
     if 1 <= violation_SL.shape[1] <= 12:
@@ -159,23 +160,11 @@ def _curve(
     values = values * scale
     if len(at):
         marker = "o" if len(at) == 1 else None
-        smooth = _smooth(values)
+        mean = smooth(values)
         axes.plot(at, values, color=colour, alpha=0.25, linewidth=0.8)
-        label = f"{name}, last {smooth[-1]:.3f}" if name else None
-        axes.plot(at, smooth, color=colour, linewidth=1.8, marker=marker, label=label)
+        label = f"{name}, last {mean[-1]:.3f}" if name else None
+        axes.plot(at, mean, color=colour, linewidth=1.8, marker=marker, label=label)
     return values
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over the steps around each, half of them on either side where there are as many; NaN is left out."""
-    half = min(SMOOTHING, len(values) // 10) // 2
-    good = np.isfinite(values)
-    totals = np.cumsum(np.concatenate([np.zeros(1), np.where(good, values, 0)]))
-    counts = np.cumsum(np.concatenate([np.zeros(1), good]))
-    here = np.arange(len(values))
-    first, last = np.maximum(here - half, 0), np.minimum(here + half + 1, len(values))
-    with np.errstate(invalid="ignore"):
-        return (totals[last] - totals[first]) / (counts[last] - counts[first])
 
 
 def _save(figure: Figure, path: Path) -> Path:

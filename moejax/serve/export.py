@@ -1,24 +1,22 @@
 """A checkpoint as a Hugging Face folder, which `transformers` and `moejax.load` read: written tensor by tensor.
 
     config.json                       the model, in the fields of the published ones
-    model-00001-of-00002.safetensors  the tensors, in the order of the layers; the biases of routers come first
+    model-00001-of-00002.safetensors  the tensors, in the order of the layers
     model.safetensors.index.json      the file of each tensor
     tokenizer.json                    and what is beside it, where the run has one
+
+In FP8 are the tensors that the published checkpoint of V3 has in it (`moejax.model.hf_fp8`), the others in BF16.
 
 The arrays of a checkpoint are read in the pieces in which they lie there, and the tensors of one are written before the
 next is read: memory holds one, twice while it is read, and never the model. A run on one device has a piece for each
 stack of layers; where the weights are cut over devices, one has a stage's layers and a device's experts.
 """
 
-import json
 import logging
-import math
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,18 +25,14 @@ from moejax.checkpoint.copying import becoming, require_whole
 from moejax.checkpoint.stored import OpenArray, arrays
 from moejax.config import ConfigError, ModelConfig, RunConfig
 from moejax.data.tokens import open_tokenizer
-from moejax.model.count import abstract_model
-from moejax.model.hf import Place, named_leaves, tensor_places
+from moejax.model.hf import Place, parameter_shapes, tensor_places
 from moejax.model.hf_config import config_to_hf, strange_to_transformers
-from moejax.ops.linear import FLOATS
+from moejax.model.hf_fp8 import QUANTIZATION, SCALE, in_fp8, quantise, scale_shape
+from moejax.serve.tensor_files import Dtype, Entry, write_json, write_tensors
+from moejax.serve.tokenizer_files import copy_tokenizer
 from moejax.train.source import saved_config
 
 logger = logging.getLogger("moejax")
-
-_NAMES = {"fp32": ("F32", "float32"), "bf16": ("BF16", "bfloat16")}  # in safetensors and in config.json
-_BESIDE_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json")
-
-Dtype = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -53,27 +47,26 @@ class Exported:
 @dataclass(frozen=True)
 class _Tensor:
     name: str
-    row: tuple[int, ...]  # in the block that was read
+    array: OpenArray
+    corner: tuple[int, ...]  # of the piece of the array that has it
+    row: tuple[int, ...]  # in that piece
     place: Place
     shape: tuple[int, ...]
     dtype: Dtype
 
     @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(FLOATS[self.dtype]).itemsize
+    def entries(self) -> list[Entry]:
+        """What is written of it: in FP8 also its scales."""
+        own = [Entry(self.name, self.shape, self.dtype)]
+        if self.dtype == "fp8":
+            own.append(Entry(self.name + SCALE, scale_shape(self.shape), "fp32"))
+        return own
 
-    def of(self, block: np.ndarray) -> np.ndarray:
-        """The values, contiguous, rounded once."""
-        return self.place.view(block[self.row]).astype(FLOATS[self.dtype], order="C")
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A piece of an array, and the tensors that are in it."""
-
-    array: OpenArray
-    corner: tuple[int, ...]
-    tensors: list[_Tensor]
+    def of(self, block: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and values of the entries, rounded once."""
+        values = self.place.view(block[self.row])
+        arrays = quantise(values) if self.dtype == "fp8" else (values.astype(self.entries[0].numpy),)
+        return zip((entry.name for entry in self.entries), arrays, strict=True)
 
 
 def export(
@@ -84,7 +77,8 @@ def export(
     Args:
         checkpoint: a run's checkpoints/<step>, or a copy of it, which is verified first.
         to: a place where nothing is yet.
-        dtype: of the weights; the biases of routers are FP32, as in the published checkpoints.
+        dtype: of the weights; "fp8": of those that the published checkpoint has so, of the others BF16. The biases of
+            routers are FP32, as in the published checkpoints.
         ema: the averaged weights, instead of those of the last step.
         shard_bytes: of the tensors of a file at most; a tensor is never cut.
 
@@ -99,41 +93,34 @@ def export(
     settings = _settings(config, dtype)
     with becoming(to) as part:
         require_whole(checkpoint, f"checkpoint {checkpoint}")
-        blocks = _blocks(checkpoint, config.model, dtype, ema)
-        files = _files([tensor for block in blocks for tensor in block.tensors], shard_bytes)
-        _write_tensors(part, files, _values(blocks))
-        _write_json(part / "config.json", settings)
-        _copy_tokenizer(config.data.tokenizer, part)
+        tensors = _tensors(checkpoint, config.model, dtype, ema)
+        entries = [entry for tensor in tensors for entry in tensor.entries]
+        files = write_tensors(part, entries, _values(tensors), shard_bytes)
+        write_json(part / "config.json", settings)
+        copy_tokenizer(config.data.tokenizer, part)
     for line in strange_to_transformers(config.model):
         logger.warning(f"{to}: {line}: its answers will differ there")
-    tensors = [tensor for file in files for tensor in file]
-    return Exported(len(tensors), len(files), sum(tensor.bytes for tensor in tensors))
+    return Exported(len(entries), files, sum(entry.bytes for entry in entries))
 
 
 # --------------------------------------------------------------------------------------------------------- what is read
 
 
-def _blocks(checkpoint: Path, cfg: ModelConfig, dtype: Dtype, ema: bool) -> list[_Block]:
-    """All tensors, by the piece of an array that they are in; pieces in the order of their first tensors.
-
-    The biases of routers come first: FP32 among BF16 would not be aligned.
-    """
-    shapes = {name: leaf.shape for name, leaf in named_leaves(abstract_model(cfg)).items()}
+def _tensors(checkpoint: Path, cfg: ModelConfig, dtype: Dtype, ema: bool) -> list[_Tensor]:
+    """All tensors, in the order of the layers."""
+    shapes, found = parameter_shapes(cfg), []
     slots = _slots(checkpoint, cfg)
     opened = _open(checkpoint, shapes, len(slots), ema)
-    blocks: dict[tuple, _Block] = {}
-    for name, place in sorted(tensor_places(shapes, cfg).items(), key=lambda item: not item[1].is_router_bias):
+    for name, place in tensor_places(shapes, cfg).items():
         index = place.index
         if _is_stack(place.parameter):
             index = (slots.index(index[0]), *index[1:])
         array = opened[place.parameter]
         corner = tuple(i // length * length for i, length in zip(index, array.cut, strict=False))
         row = tuple(i - start for i, start in zip(index, corner, strict=True))
-        one = np.broadcast_to(np.float32(0), shapes[place.parameter][len(index) :])
-        own: Dtype = "fp32" if place.is_router_bias else dtype
-        block = blocks.setdefault((place.parameter, corner), _Block(array, corner, []))
-        block.tensors.append(_Tensor(name, row, place, place.view(one).shape, own))
-    return list(blocks.values())
+        own: Dtype = "fp32" if place.is_router_bias else "bf16" if dtype == "fp8" and not in_fp8(name) else dtype
+        found.append(_Tensor(name, array, corner, row, place, place.shape(shapes), own))
+    return found
 
 
 def _slots(checkpoint: Path, cfg: ModelConfig) -> list[int]:
@@ -168,81 +155,23 @@ def _is_stack(name: str) -> bool:
     return name.startswith("moe_blocks.")
 
 
-def _values(blocks: list[_Block]) -> Iterator[np.ndarray]:
-    for block in blocks:
-        values = block.array.read(block.corner)
-        for tensor in block.tensors:
-            yield tensor.of(values)
+def _values(tensors: Sequence[_Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of all entries, piece by piece."""
+    blocks: dict[tuple, list[_Tensor]] = {}
+    for tensor in tensors:
+        blocks.setdefault((tensor.place.parameter, tensor.corner), []).append(tensor)
+    for own in blocks.values():
+        values = own[0].array.read(own[0].corner)
+        for tensor in own:
+            yield from tensor.of(values)
         del values  # before the next is read
-
-
-# ------------------------------------------------------------------------------------------------------ what is written
-
-
-def _files(tensors: list[_Tensor], most: float) -> list[list[_Tensor]]:
-    """The tensors of each file, in their order."""
-    files: list[list[_Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if files[-1] and size + tensor.bytes > most:
-            files.append([])
-            size = 0
-        files[-1].append(tensor)
-        size += tensor.bytes
-    return files
-
-
-def _write_tensors(folder: Path, files: list[list[_Tensor]], values: Iterator[np.ndarray]) -> None:
-    """Files of safetensors, and their index; `values`: of all tensors, in their order."""
-    weight_map = {}
-    for number, tensors in enumerate(files, 1):
-        name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        weight_map.update(dict.fromkeys((tensor.name for tensor in tensors), name))
-        with open(folder / name, "wb") as file:
-            file.write(_header(tensors))
-            for tensor in tensors:
-                array = next(values)
-                assert array.nbytes == tensor.bytes
-                file.write(array.reshape(-1).view(np.uint8).data)
-            file.flush()
-            os.fsync(file.fileno())
-    total = sum(tensor.bytes for tensors in files for tensor in tensors)
-    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _header(tensors: list[_Tensor]) -> bytes:
-    """What stands before the tensors in a file (github.com/huggingface/safetensors): its length, and where each is."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.bytes
-        header[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype][0],
-            "shape": tensor.shape,
-            "data_offsets": (start, end),
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _settings(config: RunConfig, dtype: Dtype) -> dict[str, Any]:
     """What stands in config.json; the tokens that begin and end a document are the tokenizer's."""
     tokenizer = open_tokenizer(config.data.tokenizer, vocab_size=config.model.vocab_size)
     tokens = {"bos_token_id": tokenizer.begin_id, "eos_token_id": tokenizer.end_id}
-    return {**config_to_hf(config.model, config.data.sequence_length), **tokens, "torch_dtype": _NAMES[dtype][1]}
-
-
-def _copy_tokenizer(name: str, folder: Path) -> None:
-    """The tokenizer.json of a run, and what describes it beside it; nothing for bytes."""
-    if name == "bytes":
-        return
-    file = Path(name).expanduser()
-    shutil.copyfile(file, folder / "tokenizer.json")
-    for beside in _BESIDE_TOKENIZER:
-        if (file.parent / beside).is_file():
-            shutil.copyfile(file.parent / beside, folder / beside)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    hf = {**config_to_hf(config.model, config.data.sequence_length), **tokens}
+    if dtype == "fp8":
+        hf["quantization_config"] = QUANTIZATION
+    return {**hf, "torch_dtype": "float32" if dtype == "fp32" else "bfloat16"}

@@ -2,9 +2,10 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,17 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moejax.config import ONE_DEVICE, ConfigError, ModelConfig, RunConfig
+from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
-from moejax.mesh import BATCH_AXES, one_device_mesh
+from moejax.mesh import BATCH_AXES, fit, make_mesh, one_device_mesh
+from moejax.model.decoder import taken_apart
 from moejax.model.hf import load_hf
-from moejax.model.shards import gather_for_step, widened
+from moejax.model.shards import gather_for_step, on_mesh, widened
 from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
-from moejax.serve.generate import sample_tokens
+from moejax.serve.answers import Answers, Prompt, Stream
+from moejax.serve.engine import Engine
+from moejax.serve.generate import Options
 from moejax.train.source import open_source
 from moejax.train.state import abstract_state, layer_of_slot, model_structure, restacked, stacked_as, to_slots
 from moejax.train.together import CompiledTogether
@@ -37,34 +41,47 @@ class Model:
     module: Transformer = field(repr=False)  # on the devices of the mesh
     mesh: Mesh
     tokenizer: Tokenizer | None  # None: the folder has none, and only ids can be used
-    context: int  # newest tokens that `generate` shows the model
+    context: int  # tokens that the model was trained on; answers come from the newest ones
     dtype: DTypeLike  # of the compute
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Scores of every next token: int32 [B, T] -> float32 [B, T, V]."""
         return np.asarray(self._all_scores(self.module, np.asarray(tokens, np.int32)))
 
-    def generate(
-        self, prompt: str, *, max_tokens: int = 200, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
-    ) -> str:
-        """Text that continues the prompt; see `moejax.serve.generate.sample_tokens`.
+    def generate(self, prompt: str | Sequence[Prompt], **options: Any) -> str | list[str]:
+        """Text that continues the prompt; of several prompts a list.
+
+        Args:
+            prompt: text, or several texts or lists of ids, which are answered together.
+            options: max_tokens, temperature, top_k, top_p, seed, stop, speculative (`moejax.serve.generate.Options`).
 
         Raises:
             ConfigError: the model came without a tokenizer, or a setting that does not fit.
         """
-        if self.tokenizer is None:
-            raise ConfigError("prompt", prompt, "a model whose folder has a tokenizer.json")
-        new = sample_tokens(
-            functools.partial(self._next_scores, self.module),
-            self.tokenizer.encode(prompt) or [self.tokenizer.end_id],  # which stands before every document
-            max_tokens=max_tokens,
-            context=self.context,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=self.tokenizer.end_id,
-        )
-        return self.tokenizer.decode(new)
+        several = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = self.answer(several, **options).texts
+        if texts is None:
+            raise ConfigError("prompt", prompt, "a model whose folder has a tokenizer.json; `answer` gives ids")
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def answer(self, prompts: Sequence[Prompt], **options: Any) -> Answers:
+        """The answers to several prompts, texts or lists of ids, with their ids and what they took; see `generate`."""
+        stream = self.answering(prompts, **options)
+        for _ in stream:
+            pass
+        return stream.answers
+
+    def answering(self, prompts: Sequence[Prompt], **options: Any) -> Stream:
+        """The same as they come: iterating gives `(number of the prompt, piece of text)`, `answers` what has come."""
+        return Stream(self._engine, self.tokenizer, self.context, prompts, Options(**options))
+
+    def stream(self, prompt: str, **options: Any) -> Iterator[str]:
+        """The text of `generate`, piece by piece as it comes: `for piece in model.stream("import "): ...`."""
+        return (piece for _, piece in self.answering([prompt], **options))
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        return Engine(taken_apart(self.module, self.mesh, self.dtype), self.mesh, self.dtype)
 
     def expert_counts(self, tokens: np.ndarray) -> np.ndarray:
         """How many of the tokens each expert of each main MoE layer gets: int32 [B, T] -> int32 [L, E]."""
@@ -81,10 +98,6 @@ class Model:
     @functools.cached_property
     def _all_scores(self) -> Callable[[Transformer, np.ndarray], Array]:
         return self._compiled(lambda module, tokens: module.logits(tokens, self.dtype))
-
-    @functools.cached_property
-    def _next_scores(self) -> Callable[[Transformer, np.ndarray, int], Array]:
-        return self._compiled(lambda module, tokens, last: module.next_logits(tokens, last, self.dtype)[0])
 
     def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
         def on_each_device(module: Transformer, *inputs: Array) -> Array:
@@ -103,25 +116,40 @@ class Model:
         return CompiledTogether(jax.jit(answer))
 
 
-def load(folder: str | Path) -> Model:
+def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
     """The model in a run folder (its newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
 
+    Args:
+        folder: where it is.
+        mesh: over which the weights, and the prompts that are answered together, are spread, whatever mesh the run
+            had; a length of -1 takes the devices that are left. None: one device.
+
     Raises:
-        ConfigError: none of these is at `folder`, or what is there is not whole.
+        ConfigError: none of these is at `folder`, what is there is not whole, or the model does not divide over `mesh`.
     """
     path = Path(folder)
     if _is_hugging_face(path):
-        return _load_hugging_face(path)
+        return _load_hugging_face(path, mesh)
     wanted = "a run folder, one of its checkpoints/<step>, or a Hugging Face folder"
     config, checkpoints, step = open_source("RUN", path, wanted)
     with checkpoints:
-        config, mesh = replace(config, mesh=ONE_DEVICE), one_device_mesh()
-        state = abstract_state(config, mesh)
+        cfg, devices = _placement(mesh, config.model)
+        config = replace(config, mesh=cfg)
+        state = abstract_state(config, devices)
         shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
         before = tuple(checkpoints.load_meta(step)["layer_of_slot"])
         finish = to_slots(before, layer_of_slot(config), shapes)
         model = checkpoints.load(step, stacked_as(before, shapes), finish=finish)["model"]
-    return from_state(config, mesh, model["params"], model["router_bias"])
+    return from_state(config, devices, model["params"], model["router_bias"])
+
+
+def _placement(mesh: MeshConfig | None, model: ModelConfig) -> tuple[MeshConfig, Mesh]:
+    if mesh is None:
+        return ONE_DEVICE, one_device_mesh()
+    cfg = fit(mesh, model, len(jax.devices()))
+    if cfg.pipe > 1:
+        raise ConfigError("mesh.pipe", cfg.pipe, "1: here every device has all layers")
+    return cfg, make_mesh(cfg)
 
 
 def from_state(
@@ -151,12 +179,22 @@ def _is_hugging_face(folder: Path) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def _load_hugging_face(folder: Path) -> Model:
+def _load_hugging_face(folder: Path, mesh: MeshConfig | None) -> Model:
     config, module = load_hf(folder)
-    mesh = one_device_mesh()
-    module = jax.device_put(module, NamedSharding(mesh, P()))
+    cfg, devices = _placement(mesh, config)
+    spread = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), config, cfg))
+    placed = [jax.device_put(x, NamedSharding(devices, spec)) for x, spec in _leaves_and_specs(module, cfg)]
+    module = jax.tree.unflatten(jax.tree.structure(spread), placed)
     file = folder / "tokenizer.json"
     tokenizer = open_tokenizer(str(file), vocab_size=config.vocab_size) if file.is_file() else None
     yarn = config.attention.yarn
     context = int(yarn.factor * yarn.original_length) if yarn is not None else 4096
-    return Model(config, module, mesh, tokenizer, context, FLOATS["fp32"])
+    return Model(config, module, devices, tokenizer, context, FLOATS["fp32"])
+
+
+def _leaves_and_specs(module: Transformer, cfg: MeshConfig) -> Iterator[tuple[Array, P]]:
+    """The model's arrays, and how each lies on the mesh."""
+    for variable in jax.tree.leaves(module, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        array = variable.get_value()
+        own = on_mesh(variable.spec, cfg) if isinstance(variable, nnx.Param) else P()
+        yield array, P(*[None] * (array.ndim - len(own)), *own)

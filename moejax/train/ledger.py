@@ -194,6 +194,13 @@ class Ledger:
             self.note()
 
 
+def written_summary(path: Path) -> dict[str, Any] | None:
+    """`Ledger.summary` as of the last line of an events.jsonl, for readers; None where there is no such line."""
+    ledger = Ledger(path, began=0.0, clock=lambda: 0.0)  # its clock stands still: its own attempt takes no time
+    summary = ledger.summary()
+    return {**summary, "attempts": ledger.attempts - 1} if ledger.attempts > 1 else None
+
+
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The whole lines of an events.jsonl; none where it is missing.
 

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from moejax.config import RunConfig
 from moejax.model.count import train_flops_per_token
+from moejax.pipeline.stages import in_order
+from moejax.train.balance import load_entropy, relative_load
 from moejax.train.peak import peak_memory_bytes
 from moejax.train.schedules import StepPlan
 from moejax.train.step import Metrics
+from moejax.train.together import whole
 
 
 class Recorder:
@@ -22,7 +27,7 @@ class Recorder:
     def line(self, plan: StepPlan, metrics: Metrics, step_time: float, waited: float) -> dict[str, Any]:
         """The line of a step; `step_time` and `waited` (for its batch) in seconds."""
         tokens = plan.rows * self._row_tokens
-        speed = tokens / step_time
+        speed, load_LE = tokens / step_time, relative_load(metrics.counts)
         return {
             "step": plan.step,
             "tokens": plan.tokens + tokens,
@@ -36,7 +41,8 @@ class Recorder:
             "tokens_per_second": speed,
             "flops_per_second": speed * self._flops_per_token,
             "mfu": speed * self._flops_per_token / self._peak,
-            "max_violation": (relative_load(metrics).max(-1) - 1).tolist(),
+            "max_violation": (load_LE.max(-1) - 1).tolist(),
+            "load_entropy": np.round(load_entropy(load_LE), 5).tolist(),
             "dead_experts": int((np.asarray(metrics.counts) == 0).sum()),
             "exchange_rounds": float(metrics.exchange_rounds),
             "data_wait": waited,
@@ -51,7 +57,10 @@ def not_finite(metrics: Metrics) -> list[str]:
     return [name for name in names if not np.isfinite(getattr(metrics, name))]
 
 
-def relative_load(metrics: Metrics) -> np.ndarray:
-    """Tokens of each expert relative to its layer's mean, [L, E]."""
-    counts = np.asarray(metrics.counts)
-    return counts / counts.mean(-1, keepdims=True)
+def biases_in_order(config: RunConfig, router_bias: nnx.State) -> np.ndarray | None:
+    """The router's biases of a state, float32 [L, E], layers as in the metrics; None where the gate has none.
+
+    All processes call it.
+    """
+    parts = [whole(leaf) for leaf in jax.tree.leaves(router_bias)]  # main layers, then MTP modules: as the counts
+    return np.asarray(in_order(config, np.concatenate(parts))) if parts else None  # type: ignore[arg-type]

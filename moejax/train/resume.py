@@ -123,11 +123,14 @@ def start(config: RunConfig, mesh: Mesh, data: Data, found: Found) -> tuple[Trai
         step, checkpoints = found.whole.step, found.place
         shapes = checkpoint_parts(abstract_state(config, mesh))
         meta = checkpoints.load_meta(step)
+        if meta["data"] is None:  # only a run that did a step knows a position
+            wanted = "a folder of its own: this one has imported weights, with which a run starts by --resume-from"
+            raise ConfigError("out", str(checkpoints.folder.parent), wanted)
         before = reading.bytes_read()
         parts = _loaded(config, checkpoints, step, tuple(meta["layer_of_slot"]), shapes)
         found.read_bytes[:] = reading.by_replica(mesh, everyones(reading.bytes_read() - before))
         position = Position(**{name: meta[name] for name in ("step", "tokens", "data", "valid_loss")})
-        assert position.data is not None  # only a run that did a step saves
+        assert position.data is not None
         data.train.restore(position.data)
         return TrainState(**parts["model"], **parts["optimizer"]), position
     if found.source is not None:  # 2. the weights of another run

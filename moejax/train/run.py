@@ -20,11 +20,12 @@ from moejax.kernels.launch import available
 from moejax.model.count import abstract_model, active_per_token, num_parameters
 from moejax.report.pictures import draw_pictures, read_lines
 from moejax.serve.load import from_state
+from moejax.train.balance import relative_load
 from moejax.train.faults import Fault, Faults
 from moejax.train.guard import StopSignal
 from moejax.train.peak import peak_flops
 from moejax.train.phases import Phases
-from moejax.train.record import Recorder, not_finite, relative_load
+from moejax.train.record import Recorder, biases_in_order, not_finite
 from moejax.train.resume import Found, Position, find, start, tell, tell_damaged
 from moejax.train.runlog import NoLog, RunLog
 from moejax.train.saving import Saver
@@ -215,7 +216,9 @@ class Run:
 
     def _draw(self, metrics: Metrics) -> None:
         if metrics.counts.size:
-            self.log.expert_load(self.position.step, np.round(relative_load(metrics), 3).tolist())
+            bias = biases_in_order(self.config, self.state.router_bias)
+            rounded = None if bias is None else np.round(bias.astype(np.float64), 6).tolist()
+            self.log.expert_load(self.position.step, np.round(relative_load(metrics.counts), 3).tolist(), rounded)
         if is_main():
             with self.phases("pictures"), self.log.full_disk_borne():
                 self.log.pictures(draw_pictures(self.log.folder))

@@ -4,7 +4,8 @@
     environment.json    see environment.py
     metrics.jsonl       one object a step, keys of METRICS; steps are unique and ascending, also in a resumed run
     events.jsonl        {"time", "kind", ...}; the kinds are below
-    expert_load.jsonl   {"step", "load"}: per MoE layer (as max_violation) and expert, tokens relative to the mean
+    expert_load.jsonl   {"step", "load", "bias"}: per MoE layer (as max_violation) and expert, tokens relative to the
+                        mean, and the router's bias after the step (no "bias" where the gate has none)
     log.txt             every record of the logger "moejax", which is also what the console shows
     tensorboard/        the metrics again; they go to Weights & Biases too where log.wandb names a project
     summary.json        how the run ended; its `time` says where the wall clock went, see ledger.py
@@ -81,6 +82,9 @@ METRICS = {
     "mfu": Metric("", "flops_per_second as a share of the devices' peak"),
     "max_violation": Metric(
         "", "per MoE layer, those of MTP modules last: (tokens of the fullest expert - mean) / mean"
+    ),
+    "load_entropy": Metric(
+        "nats", "per MoE layer: entropy of the experts' shares of its tokens; ln(num_experts) if all have as many"
     ),
     "dead_experts": Metric("experts", "without a token in this step, all MoE layers together"),
     "exchange_rounds": Metric("", "rounds of the expert exchange, mean of the layers; 1: slots sufficed"),
@@ -167,9 +171,11 @@ class RunLog:
             if self._wandb is not None:
                 self._wandb.log(scalars, step=metrics["step"])
 
-    def expert_load(self, step: int, load: Sequence[Sequence[float]]) -> None:
-        """Writes the load of every expert, [MoE layers][experts], each relative to its layer's mean."""
-        self._append("expert_load", {"step": step, "load": load})
+    def expert_load(
+        self, step: int, load: Sequence[Sequence[float]], bias: Sequence[Sequence[float]] | None = None
+    ) -> None:
+        """Writes the load of every expert, [MoE layers][experts], relative to its layer's mean, and its bias."""
+        self._append("expert_load", {"step": step, "load": load} | ({} if bias is None else {"bias": bias}))
 
     def event(self, kind: str, **fields: Any) -> None:
         """Writes an event; the kinds are named at the top of this file."""
@@ -284,7 +290,9 @@ class NoLog:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """As `RunLog.step`."""
 
-    def expert_load(self, step: int, load: Sequence[Sequence[float]]) -> None:
+    def expert_load(
+        self, step: int, load: Sequence[Sequence[float]], bias: Sequence[Sequence[float]] | None = None
+    ) -> None:
         """As `RunLog.expert_load`."""
 
     def event(self, kind: str, **fields: Any) -> None:

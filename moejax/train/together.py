@@ -52,6 +52,13 @@ def main_first(action: Callable[[], Result]) -> Result:
     return together(lambda: action() if done is None else done)
 
 
+def whole(array: jax.Array) -> np.ndarray:
+    """All of an array that may lie in shards on the devices of several processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 class CompiledTogether:
     """A jitted function of which a new program runs once all processes have compiled it.
 
