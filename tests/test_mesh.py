@@ -1,6 +1,7 @@
 """Meshes: which can be made, and the one line for each that cannot."""
 
 import dataclasses
+import os
 
 import jax
 import pytest
@@ -88,6 +89,16 @@ def test_simulate_after_jax_has_started_is_one_line():
     simulate(len(jax.devices()))  # what there is already
     with pytest.raises(ConfigError, match=r"simulate=3: wanted to be set before JAX starts; it has 8 cpu devices"):
         simulate(3)
+
+
+def test_simulated_devices_are_asked_for_once(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--of_the_user=1")
+    for _ in range(2):
+        simulate(len(jax.devices()))
+    patience = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    assert os.environ["XLA_FLAGS"] == f"--of_the_user=1 {patience}"
+    simulate(len(jax.devices()), quick=True)
+    assert os.environ["XLA_FLAGS"] == f"--of_the_user=1 {patience} --xla_backend_optimization_level=0"
 
 
 @pytest.mark.parametrize(
