@@ -7,11 +7,10 @@ import pytest
 
 from moejax import cli
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tools"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from run_readme import commands, shortened
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_the_program_is_shown():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHORT = "--steps 2 --log.valid-every 2 --log.sample-tokens 8 --log.pictures-every 2"
-LEFT_OUT = ("make test",)
+LEFT_OUT = ("make test", "make notebooks")
 NOT_COPIED = ("runs", "plans", ".git", ".venv", ".*_cache")
 
 
