@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from moejax import cli
-from moejax.config import ConfigError, DataConfig, Phase, RunConfig, YarnConfig
+from moejax.config import ConfigError, DataConfig, MeshConfig, Phase, RunConfig, YarnConfig
 from moejax.config_source import load_config, override
+from moejax.serve.generate import Speed
 from moejax.train.guard import DamagedError, MachineFaultError, NonFiniteError, SpikeError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -213,6 +214,8 @@ def test_bug_keeps_its_traceback(trained):
         (["generate"], "the following arguments are required: RUN"),
         (["generate", "run", "--top-p", "x"], "argument --top-p: invalid float value: 'x'"),
         (["generate", "run", "--topp", "1"], "unrecognized arguments: --topp 1"),
+        (["generate", "run", "--compare"], "--compare without --speculative"),
+        (["generate", "run", "--mesh.expert", "x"], "mesh.expert='x': wanted a whole number"),
         (["train-tokenizer", "no/such/file", "--out", "unused.json"], "no/such/file"),
     ],
 )
@@ -235,12 +238,63 @@ def test_train_tokenizer_writes_the_file(tmp_path, capsys):
     assert "tokens" in capsys.readouterr().out
 
 
-def test_generate_prints_what_the_model_says(monkeypatch, capsys):
-    model = SimpleNamespace(generate=lambda prompt, **options: f"ing {sorted(options.items())}")
-    monkeypatch.setitem(sys.modules, "moejax.serve.load", SimpleNamespace(load={"run": model}.get))
-    assert run("generate", "run", "--prompt", "go", "--max-tokens", 7, "--seed", 3) == 0
-    wanted = "going [('max_tokens', 7), ('seed', 3), ('temperature', 1.0), ('top_p', 1.0)]\n"
-    assert capsys.readouterr().out == wanted
+class Echo:
+    """A model that says its prompts again, letter by letter."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answering(self, prompts, **options):
+        self.asked.append(options)
+        answers = SimpleNamespace(texts=prompts, ids=[[1]] * len(prompts), ended=["stop"] * len(prompts))
+        answers.speed = Speed(tokens=4, seconds=2.0, steps=2, drafted=4 * options["speculative"], accepted=3)
+        return EchoStream(prompts, answers)
+
+    def answer(self, prompts, **options):
+        return self.answering(prompts, **options).answers
+
+
+@dataclasses.dataclass
+class EchoStream:
+    prompts: list
+    answers: SimpleNamespace
+
+    def __iter__(self):
+        return ((i, letter) for i, prompt in enumerate(self.prompts) for letter in prompt)
+
+
+@pytest.fixture
+def echo(monkeypatch):
+    model = Echo()
+    loaded = SimpleNamespace(load=lambda folder, mesh: setattr(model, "loaded", (folder, mesh)) or model)
+    monkeypatch.setitem(sys.modules, "moejax.serve.load", loaded)
+    return model
+
+
+def test_generate_prints_what_the_model_says(echo, capsys):
+    assert run("generate", "run", "--prompt", "go", "--max-tokens", 7, "--seed", 3, "--stop", "x", "yz") == 0
+    shown = capsys.readouterr()
+    assert shown.out == "gogo\n" and shown.err.startswith("4 tokens in 2.00 s: 2.0 tokens/s")
+    assert echo.loaded == ("run", None)
+    assert echo.asked[0] | {"max_tokens": 7, "seed": 3, "stop": ["x", "yz"]} == echo.asked[0]
+
+
+def test_generate_answers_several_prompts_on_a_mesh(echo, capsys):
+    assert run("generate", "run", "--prompt", "a", "b", "--seed", 3, 5, "--mesh.expert", 4, "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert [one["text"] for one in shown["answers"]] == ["a", "b"] and shown["speed"]["plain"]["tokens_per_second"] == 2
+    assert echo.asked[0]["seed"] == [3, 5]
+    assert echo.loaded[1] == MeshConfig(data=-1, expert=4)
+    assert run("generate", "run", "--prompt", "a", "b") == 0
+    assert capsys.readouterr().out == "aa\nbb\n"
+
+
+def test_generate_with_drafts_says_what_they_bring(echo, capsys):
+    assert run("generate", "run", "--prompt", "go", "--speculative", "--compare") == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("speculative: 4 tokens") and "75% of 4 drafts accepted" in first
+    assert second.startswith("plain: 4 tokens") and "drafts" not in second
+    assert [asked["speculative"] for asked in echo.asked] == [True, False]
 
 
 # ----------------------------------------------------------------------------------------------------- public surface

@@ -14,7 +14,9 @@ from test_export import save
 import moejax
 from moejax.cli import main
 from moejax.config import ConfigError, DataConfig, MeshConfig
+from moejax.ops.placement import rebalance_experts
 from moejax.serve.evaluate import evaluate
+from moejax.serve.placed import with_placement
 from moejax.serve.reader import Reader
 
 END = 257
@@ -166,3 +168,18 @@ def test_a_model_without_a_tokenizer_is_named(run, text):
     model = dataclasses.replace(moejax.load(run), tokenizer=None)
     with pytest.raises(ConfigError, match="a model whose folder has a tokenizer"):
         evaluate(model, [text / "words.txt"])
+
+
+def test_a_model_with_replicated_experts_gives_the_same_logits(run):
+    """8 experts in 12 places, another placement in each layer, the MTP module's last."""
+    model = moejax.load(run)
+    load = np.random.default_rng(1).random((3, 8))
+    placement = rebalance_experts(load, 12, num_groups=1, num_nodes=1, num_gpus=4)
+    placed = with_placement(model, placement)
+    assert placed.module.moe_blocks.ffn.gate_up_EDG.shape == (2, 12, 32, 32)
+    assert model.module.moe_blocks.ffn.gate_up_EDG.shape == (2, 8, 32, 32)
+    tokens = np.random.default_rng(2).integers(256, size=(2, 24)).astype(np.int32)
+    want = model.logits(tokens)
+    np.testing.assert_allclose(placed.logits(tokens), want, rtol=0, atol=2e-6 * np.abs(want).max())
+    with pytest.raises(ConfigError, match=r"one of 3 layers with 8 experts"):
+        with_placement(model, rebalance_experts(load[:2], 12, 1, 1, 4))

@@ -163,7 +163,7 @@ def test_all_wrong_tensors_are_in_one_error(tmp_path):
     assert "\n" not in text
 
 
-def test_fp8_is_refused_by_name(tmp_path):
+def test_scales_of_a_weight_that_is_not_in_fp8_are_refused(tmp_path):
     config, _, _, weights, _ = golden(GOLDEN[0])
     weights = weights | {"model.layers.0.self_attn.o_proj.weight_scale_inv": np.ones((1, 1), np.float32)}
     with pytest.raises(ConfigError, match="weight_scale_inv"):

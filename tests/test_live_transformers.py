@@ -21,6 +21,7 @@ from moejax.config import MeshConfig
 from moejax.model.hf import load_hf, to_hf_tensors
 from moejax.model.hf_config import config_to_hf
 from moejax.serve.export import export
+from moejax.serve.import_hf import import_hf
 from moejax.serve.load import load
 
 torch = pytest.importorskip("torch")
@@ -87,3 +88,34 @@ def test_exported_checkpoint(dtype, run_config, tmp_path, change):
     assert all(name.startswith("model.layers.3.") for name in loading.pop("unexpected_keys"))
     assert not any(loading.values()), loading
     assert_same_logits(here, theirs(torch.from_numpy(tokens).long()).logits.detach().numpy())
+
+
+def test_greedy_answers_of_an_export_are_the_same_there(run_config, tmp_path, change):
+    """64 tokens, of which each is the likeliest here and there."""
+    config = change(change(run_config, "model.moe.top_k", 4), "model.init_std", 0.3)
+    export(save(dataclasses.replace(config, mesh=MeshConfig(data=1))), tmp_path / "hf", dtype="bf16")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    prompt = list(b"route each")
+    theirs.generation_config.eos_token_id = None  # go on after the end of a document
+    answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0].tolist()
+    model, ids = load(tmp_path / "hf"), np.zeros((1, len(prompt) + 64), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for place in range(len(prompt), ids.shape[1]):
+        ids[0, place] = model.logits(ids)[0, place - 1].argmax()
+    assert ids[0].tolist() == answer
+    assert len(set(answer)) > 8
+
+
+@pytest.mark.parametrize("name", ["v3", "v2", "v2_lite"])
+def test_what_they_save_is_imported(name, tmp_path):
+    torch.manual_seed(1)
+    config, bias_mean = make_golden.MODELS[name]
+    theirs = make_golden.empty_model(config | {"vocab_size": 264})
+    make_golden.randomize(theirs, bias_mean)
+    tokens = np.random.default_rng(0).integers(264, size=(2, 30)).astype(np.int32)
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    import_hf(tmp_path / "theirs", tmp_path / "run")
+    want = theirs(torch.from_numpy(tokens).long()).logits.detach().numpy()
+    assert_same_logits(load(tmp_path / "run").logits(tokens), want)

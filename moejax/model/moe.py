@@ -16,12 +16,17 @@ from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, matrix
 from moejax.model.shards import BESIDE_EXPERTS, SHARDS
 from moejax.ops.hops import plan_exchange
+from moejax.ops.placement import to_replicas
 from moejax.ops.rounds import exchanged_swiglu
 from moejax.ops.routing import balance_loss, expert_counts, route
 
 
 class RouterBias(nnx.Variable):
     """The load-balancing bias of a gate: saved with the parameters, never differentiated, never decayed."""
+
+
+class Replicas(nnx.Variable):
+    """Where the experts of a model that is served lie, some of them several times (`moejax.ops.placement`)."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +50,9 @@ class MoE(nnx.Module):
         self.gate_up_EDG = matrix(rngs, gate_up, std, P("expert", BESIDE_EXPERTS, None))
         self.down_EFD = matrix(rngs, down, std, P("expert", None, BESIDE_EXPERTS))
         self.shared = MLP(rngs, dim, m.num_shared * m.expert_width, std, fp8) if m.num_shared else None
+        # of a model that is served: the places of each expert, and how many they are (`moejax.serve.placed`)
+        self.places_Em: Replicas | None = nnx.data(None)
+        self.count_E: Replicas | None = nnx.data(None)
         self.cfg, self.mesh, self.fp8 = m, mesh, fp8
 
     def __call__(self, x_BSD: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], BlockStats]:
@@ -52,13 +60,15 @@ class MoE(nnx.Module):
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         ids_TK, weights_TK, scores_TE = self.route(x_TD)
         counts_E = expert_counts(ids_TK, self.cfg.num_experts)
+        balance = balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg)
+        if self.places_Em is not None and self.count_E is not None:
+            ids_TK = to_replicas(ids_TK, self.places_Em[...], self.count_E[...])
         mesh = self.mesh
         exchange = plan_exchange(self.cfg, len(x_TD), mesh.expert, mesh.expert_nodes, mesh.exchange_slack, self.fp8)
         experts = self.gate_up_EDG[...], self.down_EFD[...]
         y_TD, rounds = exchanged_swiglu(x_TD, weights_TK, ids_TK, *experts, exchange)
         if self.shared is not None:
             y_TD += self.shared(x_TD)
-        balance = balance_loss(scores_TE, ids_TK, x_BSD.shape[0], self.cfg)
         stats = BlockStats(counts_E, balance, rounds.max(initial=1))
         return y_TD.reshape(x_BSD.shape), stats
 

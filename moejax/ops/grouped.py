@@ -88,7 +88,7 @@ def _dot(x_RK: Array, w_EKN: Array, sizes_E: Array | None, dtype: DTypeLike) -> 
         return (x_RK @ w_EKN[0].astype(x_RK.dtype)).astype(dtype)
 
     starts_E = _starts(sizes_E)
-    present_E = jnp.argsort(sizes_E == 0, stable=True)  # the experts that have rows come first
+    present_E = vary_like(jnp.argsort(sizes_E == 0, stable=True), sizes_E)  # the experts that have rows come first
     at_end = _rows_at_end(len(x_RK), len(w_EKN))
 
     def expert(number: Array, y_RN: Array) -> Array:

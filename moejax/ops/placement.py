@@ -8,6 +8,7 @@ L layers, E logical experts, R physical ones, m most replicas of an expert, T to
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -60,10 +61,10 @@ def placement_of(logical: Int[np.ndarray, "L R"], num_experts: int) -> Placement
     Raises:
         ConfigError: an expert has no place, or there is none of that number.
     """
-    inside = logical.size > 0 and logical.min() >= 0 and logical.max() < num_experts
+    inside = logical.size > 0 and bool(logical.min() >= 0 and logical.max() < num_experts)
     _require(inside, "placement", int(logical.max(initial=-1)), f"experts below {num_experts}")
     count = np.stack([np.bincount(row, minlength=num_experts) for row in logical])
-    _require(count.min() > 0, "placement", f"expert {int(count.min(0).argmin())}", "a place in each layer")
+    _require(bool(count.min() > 0), "placement", f"expert {int(count.min(0).argmin())}", "a place in each layer")
     physical = np.full((*count.shape, count.max()), -1, np.int64)
     for layer, row in enumerate(logical):
         for expert in range(num_experts):
@@ -83,17 +84,25 @@ def gpu_load(load: Float[np.ndarray, "L E"], placement: Placement, num_gpus: int
     return each.reshape(len(load), num_gpus, -1).sum(-1)
 
 
-def to_replicas(
-    ids_TK: Int[np.ndarray, "T K"], physical_Em: Int[np.ndarray, "E m"], count_E: Int[np.ndarray, "E"]
-) -> Int[np.ndarray, "T K"]:
+def to_replicas(ids_TK: Any, physical_Em: Any, count_E: Any) -> Any:
     """The physical place of each choice of a layer; arrays of NumPy or of JAX.
 
-    Token t takes replica t mod count of each of its experts: the same every time, and spread evenly.
-    A choice of -1 is absent and stays so.
+    Token t takes replica t mod count of each of its experts: the same every time, and spread evenly. A choice of -1 is
+    absent and stays so.
+
+    Args:
+        ids_TK: experts, as the router chose them.
+        physical_Em: the row of the layer in `Placement.physical`.
+        count_E: its row in `Placement.count`.
     """
     token_T1 = np.arange(ids_TK.shape[0])[:, None]
     place_TK = physical_Em[ids_TK, token_T1 % count_E[ids_TK]]
     return place_TK * (ids_TK >= 0) - (ids_TK < 0)
+
+
+def laid_out(experts: Any, logical_R: Int[np.ndarray, "R"]) -> Any:
+    """Weights of the experts of a layer, [E, ...], in their places, [R, ...]; arrays of NumPy or of JAX."""
+    return experts[logical_R]
 
 
 def _place(load: np.ndarray, num_physical: int, groups: int, nodes: int, gpus: int) -> np.ndarray:

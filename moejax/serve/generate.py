@@ -47,8 +47,8 @@ class Options:
 
     def seeds(self, count: int) -> list[int]:
         """One for each prompt."""
-        if isinstance(self.seed, int):
-            return [self.seed + number for number in range(count)]
+        if isinstance(self.seed, (int, np.integer)):
+            return [int(self.seed) + number for number in range(count)]
         if len(self.seed) != count:
             raise ConfigError("seed", list(self.seed), f"one number, or one for each of the {count} prompts")
         return list(self.seed)

@@ -9,6 +9,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def _write_checkpoint(folder: Path, config: RunConfig, tensors: Tensors) -> tupl
     """The number of tensors that were read, and the bytes of the arrays."""
     cfg = config.model
     state = abstract_state(config, one_device_mesh())
-    meta = {"step": BEFORE_TRAINING, "tokens": 0, "valid_loss": None, "data": None}
+    meta: dict[str, Any] = {"step": BEFORE_TRAINING, "tokens": 0, "valid_loss": None, "data": None}
     meta |= {"layer_of_slot": list(range(cfg.num_moe_layers))}
     meta |= {"config": dataclasses.asdict(config), "versions": versions()}
     new = NewCheckpoint(folder, "model", {"params": state.params, "router_bias": state.router_bias}, meta)

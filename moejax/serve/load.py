@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,12 @@ class Model:
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Scores of every next token: int32 [B, T] -> float32 [B, T, V]."""
         return np.asarray(self._all_scores(self.module, np.asarray(tokens, np.int32)))
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **options: Any) -> list[str]: ...
 
     def generate(self, prompt: str | Sequence[Prompt], **options: Any) -> str | list[str]:
         """Text that continues the prompt; of several prompts a list.

@@ -1,7 +1,5 @@
 """A loaded model that reads text: the compiled form of `moejax.model.reading`."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,25 +22,25 @@ class Reader:
         """`model`: on any mesh without a pipeline; each of its devices reads all rows."""
         self._model = model
 
-        def on_each_device(module: Transformer, *inputs: Any) -> Reading:
+        def on_each_device(module: Transformer, tokens: Array, segments: Array) -> Reading:
             """The same on every device; the maximum is that, known to be the same."""
-            module, inputs = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), (module, inputs))
+            inputs = (module, tokens, segments)
+            module, tokens, segments = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), inputs)
             weights = widened(gather_for_step(module, module.mesh, model.dtype))
-            found = read(weights, *inputs, model.dtype)
+            found = read(weights, tokens, segments, model.dtype)
             found = found._replace(best=found.best.astype(jnp.int32))
             return jax.tree.map(lambda x: jax.lax.pmax(vary_over(x, BATCH_AXES), BATCH_AXES), found)
 
-        def all_devices(module: Transformer, *inputs: Any) -> Reading:
+        def all_devices(module: Transformer, tokens: Array, segments: Array) -> Reading:
             specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, module)
-            shared = jax.tree.map(lambda x: P(), inputs)
-            run = jax.shard_map(on_each_device, mesh=model.mesh, in_specs=(specs, *shared), out_specs=P())
-            return run(module, *inputs)
+            run = jax.shard_map(on_each_device, mesh=model.mesh, in_specs=(specs, P(), P()), out_specs=P())
+            return run(module, tokens, segments)
 
         self._compiled = CompiledTogether(jax.jit(all_devices))
 
     def __call__(self, tokens_BN: np.ndarray, segment_ids_BN: np.ndarray | None = None) -> Reading:
         """`Reading` of int32 [B, N] tokens, as NumPy arrays; with segments attention stays within each."""
-        inputs: list[Array | np.ndarray] = [np.asarray(tokens_BN, np.int32)]
-        segments = np.zeros_like(inputs[0]) if segment_ids_BN is None else np.asarray(segment_ids_BN, np.int32)
-        found = jax.device_get(self._compiled(self._model.module, *inputs, segments))
+        tokens = np.asarray(tokens_BN, np.int32)
+        segments = np.zeros_like(tokens) if segment_ids_BN is None else np.asarray(segment_ids_BN, np.int32)
+        found = jax.device_get(self._compiled(self._model.module, tokens, segments))
         return found._replace(best=found.best.astype(bool))

@@ -97,8 +97,8 @@ def accepted(
     """How many drafts each row keeps, and the probabilities of the token after them; S = K + 1.
 
     Args:
-        drafts_BK: tokens drawn one after the other, each from its row of
-        drafted_BKV: the draft's probabilities.
+        drafts_BK: tokens, drawn one after the other.
+        drafted_BKV: the probabilities that each was drawn from.
         probs_BSV: the model's, before each draft and after the last.
         chance_BK: uniform in [0, 1).
     """
