@@ -62,6 +62,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
     resources = {"metadata": {"path": str(path.parent)}}
     client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources, record_timing=False)
     client.extra_arguments = ["--log-level=ERROR"]  # of the kernel, which else says that it listens on loopback
+    client.coalesce_streams = True  # text that comes in pieces is one output
     client.execute()
     return notebook
 
