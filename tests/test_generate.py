@@ -12,7 +12,9 @@ import moejax
 from moejax.config import ONE_DEVICE, ConfigError, DataConfig, MeshConfig, MTPConfig, RunConfig
 from moejax.data.tokens import Tokenizer
 from moejax.mesh import make_mesh
+from moejax.ops.placement import rebalance_experts
 from moejax.serve.load import from_state
+from moejax.serve.placed import with_placement
 from moejax.train.state import abstract_state
 
 VOCAB, CONTEXT, MOST = 8, 48, 24
@@ -234,3 +236,11 @@ def test_load_names_what_is_missing(tmp_path, run_config):
     (tmp_path / "config.json").write_text(run_config.to_json())
     with pytest.raises(ConfigError, match="there is no checkpoint yet"):
         moejax.load(tmp_path)
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["plain", "with drafts"])
+def test_experts_that_lie_several_times_answer_the_same(model, speculative):
+    experts = model.config.moe.num_experts
+    load = np.random.default_rng(0).integers(1, 100, (2, experts))  # of the main layer and of the MTP module
+    placed = with_placement(model, rebalance_experts(load, 2 * experts, 1, 1, 4))
+    assert answer(placed, speculative=speculative).ids == answer(model, speculative=speculative).ids

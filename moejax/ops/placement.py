@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from moejax.config import ConfigError
 
@@ -26,7 +26,7 @@ class Placement:
 
 
 def rebalance_experts(
-    load: Float[np.ndarray, "L E"], num_physical: int, num_groups: int, num_nodes: int, num_gpus: int
+    load: Real[np.ndarray, "L E"], num_physical: int, num_groups: int, num_nodes: int, num_gpus: int
 ) -> Placement:
     """A placement that balances a load which is expected to come again.
 
@@ -78,7 +78,7 @@ def plain_placement(num_layers: int, num_experts: int) -> Placement:
     return placement_of(np.tile(np.arange(num_experts), (num_layers, 1)), num_experts)
 
 
-def gpu_load(load: Float[np.ndarray, "L E"], placement: Placement, num_gpus: int) -> Float[np.ndarray, "L gpus"]:
+def gpu_load(load: Real[np.ndarray, "L E"], placement: Placement, num_gpus: int) -> Float[np.ndarray, "L gpus"]:
     """The load of each GPU, when the tokens of an expert are spread evenly over its replicas."""
     each = np.take_along_axis(load / placement.count, placement.logical, axis=1)
     return each.reshape(len(load), num_gpus, -1).sum(-1)
