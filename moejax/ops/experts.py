@@ -128,8 +128,18 @@ def routed_swiglu(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _routed_swiglu(*arguments: Any) -> Array:
-    return _swiglu_forward(*arguments)[0]
+def _routed_swiglu(
+    x: Array,
+    scaled: ScaledRows | None,
+    weights: Array,
+    gate_up: Array,
+    down: Array,
+    rows: _Rows,
+    max_rows: int,
+    keep: bool,
+    fp8: bool,
+) -> Array:
+    return _swiglu_forward(x, scaled, weights, gate_up, down, rows, max_rows, keep, fp8)[0]
 
 
 def _swiglu_forward(

@@ -27,19 +27,11 @@ from moejax.ops.routing import expert_counts
 from moejax.varying import vary_over, zeros_varying
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["x", "slots"], meta_fields=["hop"])
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """Where rows come from."""
+class _Sent(NamedTuple):
+    """Where rows that a hop brought come from."""
 
-    x: Array  # the rows themselves, or the tokens of which a hop has brought them
-    slots: Slots | None = None
-    hop: Hop | None = None
-
-    def rows(self, fp8: bool) -> Rows:
-        """The rows, sent again if a hop brought them."""
-        tokens = Rows.of(self.x, fp8)
-        return tokens if self.hop is None else dispatch(tokens, self.slots, self.hop)
+    x: Array  # the tokens before it
+    slots: Slots
 
 
 class _Choices(NamedTuple):
@@ -76,21 +68,24 @@ def exchanged_swiglu(
     arrays = (x_TD, weights_TK, ids_TK, gate_up_eDG, down_eFD)
     axes = {exchange.hops[0].axis}.union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     x, weights, ids, gate_up, down = (vary_over(a, axes) for a in arrays)
-    rows = Rows.of(x, exchange.fp8)
-    y_TD, rounds = _exchanged(rows, _Source(x), weights, (gate_up, down), ids, exchange, True)
+    y_TD, rounds = _exchanged(Rows.of(x, exchange.fp8), weights, (gate_up, down), ids, exchange, True)
     return y_TD, jnp.stack(rounds)
 
 
 def _exchanged(
     rows: Rows,
-    source: _Source,
     weights: Array,
     experts: tuple[Array, Array],
     ids: Array,
     exchange: Exchange,
     keep: bool,
+    sent: _Sent | None = None,
+    by: Hop | None = None,
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The tokens' results, and the rounds of each hop left. `keep=False`: the backward pass keeps nothing."""
+    """The tokens' results, and the rounds of each hop left. `keep=False`: the backward pass keeps nothing.
+
+    `rows` are what the hop `by` brought of `sent`, if there was one.
+    """
     if not exchange.hops:
         return _local(rows, weights, experts, ids, exchange, keep), ()
     hop = exchange.hops[0]
@@ -101,7 +96,7 @@ def _exchanged(
     else:
         most = lax.all_gather(jnp.maximum(most, 1), hop.axis).max()
         choices = _Choices(ids, visits, checkpoint_name(-(-most // hop.slots), "exchange_rounds"))
-        y, inner = _rounds(rows, source, weights, experts, choices, exchange, keep)
+        y, inner = _rounds(rows, weights, experts, choices, exchange, keep, sent, by)
     return y, (choices.rounds, *inner)
 
 
@@ -139,7 +134,7 @@ def _round(
     received = dispatch_choices(choices.ids, weights, slots, each, hop)
     ids_SK, weights_SK = checkpoint_name(received, "dispatched_choices")
     rest = dataclasses.replace(exchange, hops=exchange.hops[1:])
-    y, inner = _exchanged(brought, _Source(rows.x, slots, hop), weights_SK, experts, ids_SK, rest, keep)
+    y, inner = _exchanged(brought, weights_SK, experts, ids_SK, rest, keep, _Sent(rows.x, slots), hop)
     return combine(y, slots, hop).astype(rows.x.dtype), inner
 
 
@@ -155,12 +150,13 @@ def _kept(rows: Rows) -> Rows:
 
 def _rounds(
     rows: Rows,
-    source: _Source,
     weights: Array,
     experts: tuple[Array, Array],
     choices: _Choices,
     exchange: Exchange,
     keep: bool,
+    sent: _Sent | None,
+    by: Hop | None,
 ) -> tuple[Array, tuple[Array, ...]]:
     """The sum of all rounds, and the rounds of the hops after this one.
 
@@ -169,7 +165,7 @@ def _rounds(
     has no later round neither fills arrays of the matrices' size with zeros nor adds them. The gradient of the results
     gets there through `port`, which carries nothing forward.
     """
-    x, weights, experts, port = _open_rounds(rows.x, weights, experts, source, choices, exchange, int(keep))
+    x, weights, experts, port = _open_rounds(rows.x, weights, experts, choices, sent, by, exchange, int(keep))
     rows = rows._replace(x=x)
     y, inner = zeros_varying(x.shape, x.dtype, x), (jnp.zeros_like(choices.rounds),) * (len(exchange.hops) - 1)
     if keep:
@@ -213,13 +209,14 @@ def _add_rounds_backward(exchange: Exchange, first: int, _: None, cotangents: tu
 _add_rounds.defvjp(_add_rounds_forward, _add_rounds_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _open_rounds(
     x: Array,
     weights: Array,
     experts: tuple[Array, Array],
-    source: _Source,
     choices: _Choices,
+    sent: _Sent | None,
+    by: Hop | None,
     exchange: Exchange,
     first: int,
 ) -> tuple[Array, Array, tuple[Array, Array], Array]:
@@ -227,27 +224,32 @@ def _open_rounds(
     return x, weights, experts, zeros_varying(x.shape, x.dtype, x)
 
 
-def _open_rounds_forward(x, *others):
-    *saved, _, _ = others
-    return _open_rounds(x, *others), saved
+def _open_rounds_forward(x, weights, experts, choices, sent, by, exchange, first):
+    saved = x if by is None else sent
+    return _open_rounds(x, weights, experts, choices, sent, by, exchange, first), (saved, weights, experts, choices)
 
 
-def _open_rounds_backward(exchange: Exchange, first: int, saved: tuple, cotangents: tuple) -> tuple:
+def _open_rounds_backward(by: Hop | None, exchange: Exchange, first: int, saved: tuple, cotangents: tuple) -> tuple:
     """Tokens' gradients and experts' come from two loops, so that a pipeline can defer the latter."""
-    weights, experts, source, choices = saved
+    source, weights, experts, choices = saved
     dx, dweights, dexperts, dy = cotangents
     experts = _narrow(experts, dx.dtype)
+
+    def rows_again() -> Rows:
+        if by is None:
+            return Rows.of(source, exchange.fp8)
+        return dispatch(Rows.of(source.x, exchange.fp8), source.slots, by)
 
     def y_of(number: Array, rows: Rows, weights: Array, experts: tuple[Array, Array]) -> Array:
         return _round(number, rows, weights, experts, choices, exchange, False)[0]
 
     def add_tokens(number: Array, sums: tuple) -> tuple:
-        rows = source.rows(exchange.fp8)
+        rows = rows_again()
         _, pull = jax.vjp(lambda x, weights: y_of(number, rows._replace(x=x), weights, experts), rows.x, weights)
         return jax.tree.map(plus, sums, pull(dy))
 
     def add_experts(number: Array, sums: tuple) -> tuple:
-        rows = source.rows(exchange.fp8)
+        rows = rows_again()
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), experts)  # its gradients are
         _, pull = jax.vjp(lambda experts: y_of(number, rows, weights, experts), wide)
         return jax.tree.map(jnp.add, sums, pull(dy)[0])
