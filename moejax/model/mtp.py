@@ -35,11 +35,15 @@ class MTPModule(nnx.Module):
         embedded_BSD: Float[Array, "B S D"],
         positions_BS: Int[Array, "#B S"],
         segment_ids_BS: Int[Array, "B S"] | None,
+        block: Block | None = None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
-        """Position i holds the hidden state of token i and the embedding of token i + depth."""
+        """Position i holds the hidden state of token i and the embedding of token i + depth.
+
+        `block`: whole, in place of the module's own.
+        """
         joined_BSE = jnp.concatenate([self.embed_norm(embedded_BSD), self.hidden_norm(hidden_BSD)], axis=-1)
         x_BSD = linear(joined_BSE, self.join_2DD[...])  # never in FP8: the released checkpoint has it in BF16
-        return run_block(self.block, x_BSD, positions_BS, segment_ids_BS, self.remat)
+        return run_block(block or self.block, x_BSD, positions_BS, segment_ids_BS, self.remat)
 
 
 def stack_modules(rngs: nnx.Rngs, cfg: ModelConfig, mesh: MeshConfig, fp8: bool = False) -> MTPModule:
