@@ -263,7 +263,7 @@ class Cells:
 
         def enter(dextras: Any, z: Array) -> Any:
             _, pull = jax.vjp(lambda extras: self.work.enter(extras, row.b_microbatch + z), self.extras)
-            return jax.tree.map(jnp.add, dextras, pull(dx)[0])
+            return jax.tree.map(jnp.add, dextras, pull(dx + z.astype(dx.dtype))[0])
 
         carry = with_outcome(carry, dextras=when(row.b_stage == 0, enter, carry.outcome.dextras))
         return dataclasses.replace(carry, hidden=put(carry.hidden, dx, row.b_x))

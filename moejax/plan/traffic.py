@@ -180,7 +180,7 @@ def _beside(config: RunConfig, nodes: Nodes, hoists: bool) -> Iterator[Transfer]
     if gathers_here:
         yield from _gathered(nodes, after, *(("step", "") if hoists else ("leave", "B")), 1)  # type: ignore[arg-type]
         yield from _scattered(config, nodes, after, "leave", "B", 1)
-    yield from _head(config, nodes, axes, hoists)
+    yield from _head(config, nodes, axes, hoists and not piped)
     for depth in range(1, model.mtp.depth + 1):
         if model.num_moe_layers:
             yield from _exchange(config, nodes, "leave", config.data.sequence_length - depth)
@@ -202,7 +202,7 @@ def _embedding(
 def _head(config: RunConfig, nodes: Nodes, axes: tuple[str, ...], hoists: bool) -> Iterator[Transfer]:
     """Chunks of the head's columns (`ops.loss`), for all losses and again for their gradient, which is scattered.
 
-    `hoists`: the first one, which stands outside of the loops over chunks, once for both.
+    `hoists`: the first one, which stands outside of the loops over chunks, once for both, where no loop is around it.
     """
     devices = math.prod(nodes.lengths[axis] for axis in axes)
     columns, dim = config.model.vocab_size // devices, config.model.hidden_size
