@@ -208,6 +208,7 @@ def test_another_model_in_the_same_folder_is_refused(finished, change):
         train(other)
 
 
+@pytest.mark.slow
 def test_a_batch_that_grows_is_counted(run_config, change):
     micro = change(run_config, "pipeline.microbatches", 2)
     config = change(
@@ -244,6 +245,7 @@ def test_a_run_with_a_pipeline_goes_on_on_one_device(run_config, tmp_path):
     np.testing.assert_allclose(moejax.load(out).logits(tokens), moejax.load(tmp_path / "one").logits(tokens), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_second_start_takes_the_compiled_programs_of_the_first(run_config, change):
     hits = []
     before = jax.config.jax_compilation_cache_dir

@@ -105,10 +105,10 @@ MESHES = {
     "pipe 8": MeshConfig(pipe=8, data=1),
 }
 FAST = [
-    ("pipe 2", "zb1p", None, "zero1", "balanced"),
     ("pipe 2 x data 2 x expert 2", "dualpipe", None, "zero1", "skewed"),
 ]
 SLOW = [
+    ("pipe 2", "zb1p", None, "zero1", "balanced"),
     ("pipe 2", "gpipe", None, "hsdp", "skewed"),
     ("pipe 2", "one_f_one_b", 8, "zero1", "skewed"),
     ("pipe 2", "dualpipe_v", None, "zero1", "skewed"),
