@@ -39,7 +39,7 @@ def leaves(folder: Path) -> list[tuple[str, tuple, Any]]:
     """Part, path and Orbax's description of every array; ConfigError where they cannot be read."""
     try:
         with orbax_settings():
-            parts = ocp.checkpointables_metadata(folder).metadata
+            parts = ocp.checkpointables_metadata(folder.absolute()).metadata
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError("checkpoint", str(folder), f"one that Orbax can read ({type(error).__name__})") from None
     found = ((part, jax.tree_util.tree_leaves_with_path(tree)) for part, tree in parts.items())
