@@ -80,6 +80,11 @@ def test_all_are_listed(saved):
     assert {axis: length for axis, length in found[2].mesh.items() if length > 1} == {"pipe": 2, "expert": 2}
 
 
+def test_a_relative_folder_is_read_as_well(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert [entry.mesh for entry in entries(saved.name)] == [entry.mesh for entry in entries(saved)]
+
+
 def test_arrays_are_those_that_were_saved(saved):
     rows = {
         array.name: (array.part, array.shape, array.dtype, array.spec, array.bytes)
