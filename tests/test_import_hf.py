@@ -108,11 +108,12 @@ def test_a_model_goes_out_and_in_bitwise(layout, checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp32"])
-def test_what_was_exported_comes_back_the_same(dtype, checkpoint, tmp_path):
+def test_what_was_exported_comes_back_the_same(dtype, checkpoint, tmp_path, monkeypatch):
     """The import of an FP8 export has what its numbers stand for, and its export has the same numbers and scales."""
-    export(checkpoint(), tmp_path / "hf", dtype=dtype)
-    import_hf(tmp_path / "hf", tmp_path / "back")
-    export(tmp_path / "back" / "checkpoints" / "0", tmp_path / "again", dtype=dtype)
+    monkeypatch.chdir(tmp_path)
+    export(checkpoint(), Path("hf"), dtype=dtype)
+    import_hf(Path("hf"), Path("back"))
+    export(Path("back/checkpoints/0"), Path("again"), dtype=dtype)
     assert content(tmp_path / "again") == content(tmp_path / "hf")
     back, model = load(tmp_path / "back"), load_hf(tmp_path / "hf")[1]
     for got, want in zip(jax.tree.leaves(back.module), jax.tree.leaves(model), strict=True):

@@ -32,6 +32,7 @@ class NewCheckpoint:
             shapes: a pytree of `jax.ShapeDtypeStruct` with shardings of one device.
             meta: plain JSON.
         """
+        folder = folder.absolute()  # as Orbax wants it
         ones = jax.tree.map(lambda x: jax.device_put(np.zeros((1,) * x.ndim, x.dtype), x.sharding), shapes)
         with orbax_settings():
             ocp.save_checkpointables(folder, {part: ones, "meta": meta})
