@@ -57,14 +57,24 @@ def run_of(mesh, pipeline=TWO, layers=18, rows=16, moments="fp32"):
     [
         (MeshConfig(data=2, expert=2), TWO, 18),
         pytest.param(MeshConfig(data=2, expert=2, sharding="fsdp"), TWO, 18, marks=pytest.mark.slow),
-        (MeshConfig(pipe=2, data=2, expert=2), PipelineConfig(schedule="one_f_one_b", microbatches=4), 8),
+        pytest.param(
+            MeshConfig(pipe=2, data=2, expert=2),
+            PipelineConfig(schedule="one_f_one_b", microbatches=4),
+            8,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             MeshConfig(pipe=2, data=1, expert=2),
             PipelineConfig(schedule="zb1p", microbatches=4),
             8,
             marks=pytest.mark.slow,
         ),
-        (MeshConfig(pipe=2, data=1, expert=2), PipelineConfig(microbatches=4, layers=(4, 4)), 8),
+        pytest.param(
+            MeshConfig(pipe=2, data=1, expert=2),
+            PipelineConfig(microbatches=4, layers=(4, 4)),
+            8,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["ZeRO-1", "FSDP", "1F1B", "ZB1P", "DualPipe"],
 )

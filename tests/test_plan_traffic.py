@@ -91,7 +91,7 @@ def assert_sent_as_estimated(config, folder):
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=2, expert=2, exchange_slack=ENOUGH),
+        pytest.param(MeshConfig(data=2, expert=2, exchange_slack=ENOUGH), marks=pytest.mark.slow),
         pytest.param(
             MeshConfig(replica=2, data=2, expert=2, sharding="hsdp", exchange_slack=ENOUGH), marks=pytest.mark.slow
         ),
