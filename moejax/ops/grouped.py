@@ -30,7 +30,7 @@ from moejax.ops.fp8 import (
 from moejax.ops.platform import by_platform
 from moejax.varying import vary_like, zeros_varying
 
-_LARGE, _SMALL, _LEAST = 256, 64, 8  # rows of a product inside a group, at its end, and where groups are smaller
+_LARGE, _SMALL = 256, 64  # rows of a product inside a group, and at its end
 
 
 def grouped_dot(
@@ -87,13 +87,9 @@ def _dot(x_RK: Array, w_EKN: Array, sizes_E: Array | None, dtype: DTypeLike) -> 
     if sizes_E is None:
         return (x_RK @ w_EKN[0].astype(x_RK.dtype)).astype(dtype)
 
-    starts_E = _starts(sizes_E)
-    present_E = vary_like(jnp.argsort(sizes_E == 0, stable=True), sizes_E)  # the experts that have rows come first
-    at_end = _rows_at_end(len(x_RK), len(w_EKN))
-
-    def expert(number: Array, y_RN: Array) -> Array:
-        index = present_E[number]
-        w_KN = lax.dynamic_index_in_dim(w_EKN, index, keepdims=False).astype(x_RK.dtype)
+    def expert(y_RN: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        w_KN, start, size = group
+        w_KN = w_KN.astype(x_RK.dtype)
 
         def block(y_RN: Array, offset: Array, rows: int, own: Array | None) -> Array:
             y = (lax.dynamic_slice_in_dim(x_RK, offset, rows) @ w_KN).astype(dtype)
@@ -101,10 +97,10 @@ def _dot(x_RK: Array, w_EKN: Array, sizes_E: Array | None, dtype: DTypeLike) -> 
                 y = jnp.where(own, y, lax.dynamic_slice_in_dim(y_RN, offset, rows))
             return lax.dynamic_update_slice_in_dim(y_RN, y, offset, 0)
 
-        return _for_blocks(starts_E[index], sizes_E[index], len(x_RK), block, y_RN, at_end)
+        return _for_blocks(start, size, len(x_RK), block, y_RN), None
 
     nothing = vary_like(zeros_varying((len(x_RK), w_EKN.shape[2]), dtype, x_RK), w_EKN)
-    return lax.fori_loop(0, (sizes_E > 0).sum(), expert, nothing)
+    return lax.scan(expert, nothing, (w_EKN, _starts(sizes_E), sizes_E))[0]
 
 
 def _outer(x_RI: Array, dy_RO: Array, sizes_E: Array | None) -> Array:
@@ -157,31 +153,24 @@ def _scaled_outer(x: ScaledColumns, dy: ScaledColumns, sizes_E: Array | None) ->
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _rows_at_end(num_rows: int, num_experts: int) -> int:
-    """Rows of the products at the end of a group: as many as a group has on average, within bounds."""
-    return min(_SMALL, max(_LEAST, 1 << (num_rows // num_experts).bit_length()))
-
-
-def _for_blocks(
-    start: Array, size: Array, num_rows: int, body: Callable[..., Any], carry: Any, at_end: int = _SMALL
-) -> Any:
+def _for_blocks(start: Array, size: Array, num_rows: int, body: Callable[..., Any], carry: Any) -> Any:
     """`carry` after `body(carry, offset, rows, own)` for blocks of rows that cover `size` rows from `start`.
 
     `own` says which rows of a block are in the group and not in an earlier block; None: all. Only the small blocks at
-    the end of a group, of `at_end` rows, have others.
+    the end of a group have others.
     """
-    large, small = (min(rows, num_rows) for rows in (_LARGE, at_end))
+    large, small = (min(rows, num_rows) for rows in (_LARGE, _SMALL))
     whole = size // large
     carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * large, large, None), carry)
     rest, end = start + whole * large, start + size
 
-    def small_block(i: Array, carry: Any) -> Any:
+    def at_the_end(i: Array, carry: Any) -> Any:
         wanted = rest + i * small
         offset = jnp.minimum(wanted, num_rows - small)
         place = offset + jnp.arange(small)
         return body(carry, offset, small, ((place >= wanted) & (place < end))[:, None])
 
-    return lax.fori_loop(0, -(-(end - rest) // small), small_block, carry)
+    return lax.fori_loop(0, -(-(end - rest) // small), at_the_end, carry)
 
 
 def _starts(sizes_E: Array) -> Array:
