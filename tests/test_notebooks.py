@@ -9,7 +9,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ("01_train", "02_attention", "03_routing", "04_meshes", "05_dualpipe", "06_elastic", "07_plan")
-MACHINE = re.compile(r"(?<![\w.])(/home/|/root|/tmp|/work/|/Users/|/usr/|/opt/|/var/|[A-Z]:\\\\)|site-packages|\.venv")
+MACHINE = re.compile(r"(?<![\w.<])/\w[\w.-]*/\w|[A-Z]:\\\\|site-packages|\.venv")  # an absolute path, or a part of one
 WHOLE_FOLDER = 2e6  # bytes
 
 

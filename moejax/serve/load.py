@@ -99,20 +99,25 @@ class Model:
             stats = module.hidden(module.embed(tokens, self.dtype), None)[1]
             return jnp.concatenate([one.counts for one in stats])
 
-        return self._compiled(counts)
+        return self.compiled(counts)
 
     @functools.cached_property
     def _all_scores(self) -> Callable[[Transformer, np.ndarray], Array]:
-        return self._compiled(lambda module, tokens: module.logits(tokens, self.dtype))
+        return self.compiled(lambda module, tokens: module.logits(tokens, self.dtype))
 
-    def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        def on_each_device(module: Transformer, *inputs: Array) -> Array:
-            """The same answer on every device; their maximum is that answer, known to be the same."""
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function(model, *arrays)`, compiled; it stands in `jax.shard_map`, on whole weights, on every device alike.
+
+        Given a `Transformer` as `module` and arrays; returns a pytree of arrays of numbers, on every device.
+        """
+
+        def on_each_device(module: Transformer, *inputs: Array) -> Any:
+            """The same answer on every device; the maximum is that answer, known to be the same."""
             module, inputs = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), (module, inputs))
-            weights = widened(gather_for_step(module, module.mesh, self.dtype))
-            return jax.lax.pmax(function(weights, *inputs), BATCH_AXES)
+            found = function(widened(gather_for_step(module, module.mesh, self.dtype)), *inputs)
+            return jax.tree.map(lambda x: jax.lax.pmax(vary_over(x, BATCH_AXES), BATCH_AXES), found)
 
-        def answer(module: Transformer, *inputs: Array) -> Array:
+        def answer(module: Transformer, *inputs: Array) -> Any:
             specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, module)
             shared = jax.tree.map(lambda x: P(), inputs)
             return jax.shard_map(on_each_device, mesh=self.mesh, in_specs=(specs, *shared), out_specs=P())(

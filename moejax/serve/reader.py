@@ -3,16 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from moejax.mesh import BATCH_AXES
 from moejax.model.reading import Reading, read
-from moejax.model.shards import gather_for_step, widened
 from moejax.model.transformer import Transformer
 from moejax.serve.load import Model
-from moejax.train.together import CompiledTogether
-from moejax.varying import vary_over
 
 
 class Reader:
@@ -20,23 +15,12 @@ class Reader:
 
     def __init__(self, model: Model):
         """`model`: on any mesh without a pipeline; each of its devices reads all rows."""
-        self._model = model
 
-        def on_each_device(module: Transformer, tokens: Array, segments: Array) -> Reading:
-            """The same on every device; the maximum is that, known to be the same."""
-            inputs = (module, tokens, segments)
-            module, tokens, segments = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), inputs)
-            weights = widened(gather_for_step(module, module.mesh, model.dtype))
-            found = read(weights, tokens, segments, model.dtype)
-            found = found._replace(best=found.best.astype(jnp.int32))
-            return jax.tree.map(lambda x: jax.lax.pmax(vary_over(x, BATCH_AXES), BATCH_AXES), found)
+        def numbers(module: Transformer, tokens: Array, segments: Array) -> Reading:
+            found = read(module, tokens, segments, model.dtype)
+            return found._replace(best=found.best.astype(jnp.int32))
 
-        def all_devices(module: Transformer, tokens: Array, segments: Array) -> Reading:
-            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, module)
-            run = jax.shard_map(on_each_device, mesh=model.mesh, in_specs=(specs, P(), P()), out_specs=P())
-            return run(module, tokens, segments)
-
-        self._compiled = CompiledTogether(jax.jit(all_devices))
+        self._model, self._compiled = model, model.compiled(numbers)
 
     def __call__(self, tokens_BN: np.ndarray, segment_ids_BN: np.ndarray | None = None) -> Reading:
         """`Reading` of int32 [B, N] tokens, as NumPy arrays; with segments attention stays within each."""
