@@ -173,6 +173,7 @@ class ModelConfig:
     # what the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU (DeepSeek's); whole blocks
     remat: Literal["none", "cheap", "full"] = "cheap"
     loss_chunk: int = 8192  # columns of the vocabulary whose logits exist at one time
+    keep_logits: bool = False  # until the backward pass of the losses, rather than computed again
 
     def __post_init__(self) -> None:
         _require_positive(self, "model", "vocab_size", "hidden_size", "num_layers", "dense_width", "norm_eps")

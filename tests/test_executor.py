@@ -38,7 +38,8 @@ def enter(extras, microbatch):
     return extras["table"] * (1 + 0.1 * microbatch)
 
 
-def leave(extras, y, microbatch):
+def leave(extras, guests, y, microbatch):
+    y = y if guests is None else y + sum(jnp.sin(y @ w) for w in guests["w"])
     loss = jnp.square(y @ extras["head"] - microbatch).sum()
     return loss, {"loss": loss, "count": jnp.int32(microbatch * 0 + 1)}
 
@@ -50,18 +51,20 @@ def weights(layers, key=0):
     return jax.tree.map(np.float32, ({"w": draw(size=(layers, DIM, DIM))}, extras))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def one_device(stack, extras, num_microbatches):
-    """Gradients and sums of the same work, layer after layer."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def one_device(stack, extras, num_microbatches, num_guests=0):
+    """Gradients and sums of the same work, layer after layer; the last ones may be guests of the last stage."""
 
     def objective(stack, extras):
         total, stats, sums = 0.0, [], []
+        layers = len(stack["w"]) - num_guests
+        guests = {"w": stack["w"][layers:]} if num_guests else None
         for microbatch in range(num_microbatches):
             x, own = enter(extras, microbatch), []
-            for index in range(len(stack["w"])):
+            for index in range(layers):
                 x, found = layer({"w": stack["w"][index]}, (x, jnp.asarray(microbatch)))
                 own.append(found)
-            loss, found = leave(extras, x, microbatch)
+            loss, found = leave(extras, guests, x, microbatch)
             total += loss + DSTAT * sum(square for square, _ in own)
             stats.append(jax.tree.map(lambda *s: jnp.stack(s), *own))
             sums.append(found)
@@ -72,23 +75,24 @@ def one_device(stack, extras, num_microbatches):
     return dstack, dextras, stats, sums
 
 
-def slots_of(program, layers):
+def slots_of(program, layers, guests=0):
     """The layer in each place of the stacked weights, -1 for none: rank by rank, stage by stage."""
     depth, first = max(layers), np.cumsum([0, *layers])
     chunks = 2 if program.placement == "v" else 1
     stages = [program.stage(rank, chunk) for rank in range(program.num_ranks) for chunk in range(chunks)]
-    return np.array([first[s] + i if i < layers[s] else -1 for s in stages for i in range(depth)])
+    filled = [*layers[:-1], layers[-1] + guests]
+    return np.array([first[s] + i if i < filled[s] else -1 for s in stages for i in range(depth)])
 
 
-def compiled_for_mesh(program, layers, stack, extras):
+def compiled_for_mesh(program, layers, stack, extras, guests=0):
     """The table, the compiled program, its arguments, and the place of each layer in what it returns."""
-    table, slots = build(program), slots_of(program, layers)
+    table, slots = build(program), slots_of(program, layers, guests)
     at_rest = jax.tree.map(lambda w: np.where(slots[:, None, None] < 0, 0, w[slots]), stack)
 
     def local(stack, extras, rows):
         stack, extras = jax.tree.map(lambda x: vary_over(x, AXES), (stack, extras))
         dstats = vary_over(jnp.float32(DSTAT), AXES), None
-        work = Work(layer, lambda m: vary_over(m, AXES), enter, leave, dstats, layers)
+        work = Work(layer, lambda m: vary_over(m, AXES), enter, leave, dstats, layers, guests)
         rows, x = jax.tree.map(lambda column: column[:, 0], rows), vary_over(jnp.zeros((ROWS, DIM)), AXES)
         cells = Cells(table, work, to_copies(program, stack), extras, x)
         outcome = run(table, rows, cells, keep_record=True)
@@ -103,8 +107,8 @@ def compiled_for_mesh(program, layers, stack, extras):
     return table, step.lower(*given).compile(), given, np.argsort(slots)[(slots < 0).sum() :]
 
 
-def run_on_mesh(program, layers, stack, extras):
-    table, compiled, given, places = compiled_for_mesh(program, layers, stack, extras)
+def run_on_mesh(program, layers, stack, extras, guests=0):
+    table, compiled, given, places = compiled_for_mesh(program, layers, stack, extras, guests)
     dstack, dextras, stats, sums, ran = jax.device_get(compiled(*given))
     dstack, stats = jax.tree.map(lambda x: x[places], (dstack, stats))
     return dstack, dextras, stats, sums, ran, table
@@ -188,6 +192,19 @@ def test_stages_without_layers(schedule, microbatches, layers):
     assert_ran_as_planned(program, table, ran)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "microbatches", "layers", "guests"),
+    [("dualpipe", 8, (1, 3, 3, 1), 2), ("dualpipe_v", 4, (1, 2, 2, 1), 1), ("zb1p", 4, (2, 0), 1)],
+)
+def test_guests_of_the_last_stage_are_read_after_its_layers(schedule, microbatches, layers, guests):
+    program = named(schedule, len(layers), microbatches)
+    stack, extras = weights(sum(layers) + guests)
+    dstack, dextras, stats, sums, ran, table = run_on_mesh(program, layers, stack, extras, guests)
+    stats = jax.tree.map(lambda s: s[: sum(layers)], stats)  # guests have none
+    assert_close((dstack, dextras, stats, sums), one_device(stack, extras, microbatches, guests))
+    assert_ran_as_planned(program, table, ran)
+
+
 def test_without_stages_micro_batches_pass_forward_and_back_one_after_the_other():
     program = unpiped(3)
     table, (stack, extras) = build(program), weights(4)
@@ -198,7 +215,7 @@ def test_without_stages_micro_batches_pass_forward_and_back_one_after_the_other(
         for index in range(4):
             x, found = layer({"w": model["stack"]["w"][index]}, (x, microbatch))
             stats.append(found)
-        loss, sums = leave(model["extras"], x, microbatch)
+        loss, sums = leave(model["extras"], None, x, microbatch)
         return loss + DSTAT * sum(square for square, _ in stats), sums
 
     def local(stack, extras):

@@ -9,7 +9,7 @@ from moejax.mesh import resolve
 from moejax.pipeline.simulate import simulate
 from moejax.pipeline.stages import program_of
 from moejax.plan.hardware import KINDS, load_hardware
-from moejax.plan.time import EXPOSED, LATENCY, Cells, estimate
+from moejax.plan.time import EXPOSED, HEAD, LATENCY, Cells, estimate
 from moejax.plan.traffic import Transfer
 from moejax.plan.work import block, embedding, head, mtp_module
 
@@ -112,6 +112,19 @@ def test_without_a_network_to_wait_for_joining_saves_nothing():
     assert joined.total() == pytest.approx(forward.total() + backward.total(), abs=latencies)
 
 
+def test_the_head_travels_beside_the_products_of_the_losses():
+    """Of its 48 collectives for a micro-batch the first gather and the last sum have nothing beside them."""
+    cells = Cells(v3(), H800)
+    found = cells.of(("I",), (15,))
+    own = [t for t in cells.transfers if t.place == "leave"]
+    alone = {t.kind: cells.seconds(t) for t in own if t.what == "head"}
+    assert sum(t.times for t in own if t.what == "head") == 48
+    others = sum(cells.seconds(t) * t.times for t in own if t.what != "head")
+    assert found[f"{HEAD}, communication"] == pytest.approx(others + sum(alone.values()), rel=1e-9)
+    products = sum(H800.seconds(op.kind, op.flops, op.bytes) for op in head(v3()) * 2 + mtp_module(v3()))
+    assert products < found[HEAD] < 1.1 * products  # those beside it are slower
+
+
 def test_more_layers_than_the_partner_run_alone():
     config = v3()
     layers = (2, *[4] * 14, 0)
@@ -160,8 +173,8 @@ def test_products_of_a_joined_cell_are_those_of_the_published_trace():
 
 
 def test_step_of_v3_beside_the_published_one():
-    """A bound: 19.926 s are published. The head, gathered for each micro-batch and on one rank, costs a third more."""
+    """A bound: 19.926 s are published. The end ranks, with dense layers, MTP and losses, have still the most to do."""
     found = estimate(v3(), H800)
-    assert 1.0 < found.step / 19.926 < 1.65
+    assert 1.0 < found.step / 19.926 < 1.3
     slowest = max(range(16), key=found.busy.__getitem__)
-    assert slowest in (0, 15) and found.busy[slowest] > 1.2 * found.busy[8]
+    assert slowest in (0, 15) and 1.05 < found.busy[slowest] / found.busy[8] < 1.25

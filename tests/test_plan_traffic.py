@@ -176,14 +176,28 @@ def test_both_ends_of_dualpipe_run_the_first_and_the_last_stage(rank, passes_of)
 
 
 def test_gpus_gather_for_every_microbatch_what_cpus_gather_once():
-    """One dense layer more on each of three ways through two, and the MTP module with the final norm."""
+    """Two dense layers on each of three ways, which CPUs gather as often; and MTP's join with the norms."""
     config = run_of(MeshConfig(pipe=2, data=2), PipelineConfig(microbatches=4))
     gpu, cpu = (
         {(t.place, t.side, t.times) for t in passes(config, platform=name) if (t.what, t.axis) == ("weights", "data")}
         for name in ("gpu", "cpu")
     )
-    assert gpu == {("step", "", 1), ("enter", "F", 3), ("enter", "B", 3), ("leave", "B", 1)}
-    assert cpu == {("step", "", 1), ("step", "", 2), ("enter", "F", 2), ("enter", "B", 2)}
+    assert gpu == {("step", "", 1), ("enter", "F", 2), ("enter", "B", 2), ("leave", "B", 1)}
+    assert cpu == {("step", "", 1), ("enter", "F", 2), ("enter", "B", 2)}
+
+
+def test_more_layers_than_a_few_are_gathered_once_more_on_each_way():
+    config = run_of(MeshConfig(pipe=2, data=2), PipelineConfig(microbatches=4), num_dense_layers=5, num_layers=9)
+    own = [t for t in passes(config) if (t.place, t.what, t.axis) == ("enter", "weights", "data")]
+    assert {t.times for t in own} == {6}
+
+
+def test_the_block_of_mtp_is_gathered_with_the_layers_of_the_last_stage():
+    """For each micro-batch are left the joining product in BF16, and the scales of four norms."""
+    sizes = {t.what: t.bytes * t.times for t in passes(V3) if t.place == "leave" and t.kind == "all-gather"}
+    assert sizes["weights"] == 2 * 2 * 7168**2 + 4 * 4 * 7168
+    without = dataclasses.replace(V3, pipeline=dataclasses.replace(V3.pipeline, layers=(2, *[4] * 10, *[3] * 4, 4)))
+    assert sum(t.bytes for t in passes(without) if (t.place, t.what) == ("leave", "weights")) > 1e9
 
 
 def test_one_device_sends_nothing():

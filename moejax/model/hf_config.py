@@ -7,7 +7,7 @@ from typing import Any
 from moejax.config import AttentionConfig, BalanceConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, YarnConfig
 
 # settings of the training alone, which the layout does not have
-_TRAINING = ("model.attention.block", "model.moe.balance", "model.remat", "model.loss_chunk")
+_TRAINING = ("model.attention.block", "model.moe.balance", "model.remat", "model.loss_chunk", "model.keep_logits")
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:

@@ -35,9 +35,14 @@ class MTPModule(nnx.Module):
         embedded_BSD: Float[Array, "B S D"],
         positions_BS: Int[Array, "#B S"],
         segment_ids_BS: Int[Array, "B S"] | None,
+        block: Block | None = None,
     ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
-        """Position i holds the hidden state of token i and the embedding of token i + depth."""
-        return run_block(self.block, self._joined(hidden_BSD, embedded_BSD), positions_BS, segment_ids_BS, self.remat)
+        """Position i holds the hidden state of token i and the embedding of token i + depth.
+
+        `block`: whole, in place of the module's own.
+        """
+        x_BSD = self._joined(hidden_BSD, embedded_BSD)
+        return run_block(block or self.block, x_BSD, positions_BS, segment_ids_BS, self.remat)
 
     def decode(
         self,

@@ -3,6 +3,9 @@
 Autodiff of a scan would keep what its carry holds, and so every layer's whole weights. Here the forward pass keeps
 what a layer's own backward pass needs except its weights, and the backward pass gathers them again, from the last
 layer to the first, and reduce-scatters each layer's gradient.
+
+A scan gathers the layer that is last on its way once more, for nothing, as all its rounds are alike. A few layers
+stand one after the other instead.
 """
 
 import functools
@@ -19,6 +22,8 @@ from moejax.config import MeshConfig
 from moejax.model.shards import gathered, scattered, widened
 
 Stats = TypeVar("Stats")
+
+UNROLLED = 4  # layers that are not scanned: one gather more would be a fifth of all, or more
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -43,10 +48,24 @@ def _forward(
 ) -> tuple[tuple[Array, Any], tuple]:
     weights_of, last = _weights(shards, cfg, dtype)
 
+    def one(x: Array, weights: Any) -> tuple[Array, Any, Any]:
+        return _pulled(layer, widened(weights), x, fixed)
+
+    if last + 1 <= UNROLLED:
+        stats, pulls = [], []
+        weights = weights_of(0, x)
+        for index in range(last + 1):
+            following = weights_of(index + 1, x) if index < last else None
+            x, own, pull = one(x, weights)
+            stats.append(own)
+            pulls.append(pull)
+            weights = following
+        return (x, jax.tree.map(lambda *s: jnp.stack(s), *stats)), (shards, fixed, pulls)
+
     def body(carry: tuple[Array, Any], index: Array) -> tuple[tuple[Array, Any], tuple[Any, Any]]:
         x, weights = carry
         following = weights_of(jnp.minimum(index + 1, last))
-        y, stats, pull = _pulled(layer, widened(weights), x, fixed)
+        y, stats, pull = one(x, weights)
         return (y, following), (stats, pull)
 
     (x, _), (stats, pulls) = lax.scan(body, (x, weights_of(0)), jnp.arange(last + 1))
@@ -59,6 +78,17 @@ def _backward(
     shards, fixed, pulls = saved
     dx, dstats = cotangent
     weights_of, last = _weights(shards, cfg, dtype)
+    dstats = _inexact(dstats)
+
+    if last + 1 <= UNROLLED:
+        dshards: list[Any] = [None] * (last + 1)
+        weights = weights_of(last, dx)
+        for index in reversed(range(last + 1)):
+            following = weights_of(index - 1, dx) if index else None
+            dweights, dx = pulls[index](widened(weights), fixed, (dx, [d[index] for d in dstats]))
+            dshards[index] = scattered(dweights, cfg)
+            weights = following
+        return jax.tree.map(lambda *d: jnp.stack(d), *dshards), dx, None
 
     def body(carry: tuple[Array, Any], this: tuple[Array, Any, Any]) -> tuple[tuple[Array, Any], Any]:
         dx, weights = carry
@@ -67,7 +97,7 @@ def _backward(
         dweights, dx = pull(widened(weights), fixed, (dx, dstats))
         return (dx, following), scattered(dweights, cfg)
 
-    inputs = (jnp.arange(last + 1), pulls, _inexact(dstats))
+    inputs = (jnp.arange(last + 1), pulls, dstats)
     (dx, _), dshards = lax.scan(body, (dx, weights_of(last)), inputs, reverse=True)
     return dshards, dx, None
 
@@ -75,11 +105,12 @@ def _backward(
 scan_gathered.defvjp(_forward, _backward)
 
 
-def _weights(shards: Any, cfg: MeshConfig, dtype: DTypeLike) -> tuple[Callable[[Any], Any], int]:
-    """The whole weights of layer number `index`, and the number of the last layer."""
+def _weights(shards: Any, cfg: MeshConfig, dtype: DTypeLike) -> tuple[Callable[..., Any], int]:
+    """The whole weights of layer number `index`, not before `after` is there; and the number of the last layer."""
 
-    def of(index: Any) -> Any:
+    def of(index: Any, after: Array | None = None) -> Any:
         own = jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), shards)
+        own = own if after is None else lax.optimization_barrier((own, after))[0]
         return gathered(own, cfg, dtype)
 
     return of, jax.tree.leaves(shards)[0].shape[0] - 1
@@ -107,7 +138,7 @@ def _pulled(layer: Callable, weights: Any, x: Array, fixed: tuple) -> tuple[Arra
     return y, stats, jax.tree_util.Partial(functools.partial(_pull, structure, tuple(places)), kept)
 
 
-def _pull(structure: Any, places: tuple[int | None, ...], kept: list[Array], weights: Any, fixed: Any, d: Any) -> Any:
+def _pull(structure: Any, places: tuple[int | None, ...], kept: list[Any], weights: Any, fixed: Any, d: Any) -> Any:
     """Calls the pullback whose leaves are `kept`, and where a place is given that leaf of (weights, fixed)."""
     given, rest = jax.tree.leaves((weights, fixed)), iter(kept)
     leaves = [next(rest) if place is None else given[place] for place in places]

@@ -3,6 +3,7 @@
 B batch, S positions, N = S + 1 tokens, D model dim, V vocabulary, L MoE layers (main, then MTP), E experts.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config import MeshConfig, ModelConfig
-from moejax.model.block import run_stack, stack
+from moejax.model.block import Block, run_stack, stack
 from moejax.model.layers import Norm, matrix
 from moejax.model.moe import BlockStats
 from moejax.model.mtp import module_at, stack_modules
@@ -130,43 +131,50 @@ class Transformer(nnx.Module):
         tokens_BN: Int[Array, "B N"],
         loss_mask_BN: Bool[Array, "B N"],
         segment_ids_BN: Int[Array, "B N"] | None,
+        mtp_blocks: Block | None = None,
     ) -> Losses:
         """The losses of what the last block gave; balance, counts and rounds are those of the MTP modules alone.
 
         Depth k reads the hidden states of tokens 0..S-1-k and the embeddings of tokens k..S-1 and predicts tokens
-        k+1..S, so that every depth keeps the causal chain (section 2.2).
+        k+1..S, so that every depth keeps the causal chain (section 2.2). `mtp_blocks`: those of all depths, stacked and
+        whole, where `mtp` is without.
         """
         segments, dtype = _read(segment_ids_BN), hidden_BSD.dtype
         normed_BSD = self._final_norm(hidden_BSD)
-        main = self._summed_loss(normed_BSD, tokens_BN[:, 1:], loss_mask_BN[:, 1:])
-        mtp, stats = jnp.zeros_like(main), []
+        predictions, stats = [(normed_BSD, tokens_BN[:, 1:], loss_mask_BN[:, 1:])], []
         hidden_BSD = normed_BSD if self.cfg.mtp.after_final_norm else hidden_BSD
         for depth in range(1, self.cfg.mtp.depth + 1):
             module = gather_for_use(module_at(self.mtp, depth - 1), self.mesh, dtype)
             length = embedded_BSD.shape[1] - depth
             own_segments = None if segments is None else segments[:, :length]
-            hidden_BSD, block_stats = module(
-                hidden_BSD[:, :length], embedded_BSD[:, depth:], jnp.arange(length)[None], own_segments
-            )
+            block = None if mtp_blocks is None else jax.tree.map(lambda w, i=depth - 1: w[i], mtp_blocks)
+            given = hidden_BSD[:, :length], embedded_BSD[:, depth:], jnp.arange(length)[None], own_segments
+            hidden_BSD, block_stats = module(*given, block)
             mask = loss_mask_BN[:, depth + 1 :]
             if segment_ids_BN is not None:  # a prediction across documents is not asked for
                 mask = mask & (segment_ids_BN[:, depth + 1 :] == own_segments)
-            mtp += self._summed_loss(module.norm(hidden_BSD), tokens_BN[:, depth + 1 :], mask)
+            predictions.append((module.norm(hidden_BSD), tokens_BN[:, depth + 1 :], mask))
             stats += [] if block_stats is None else [jax.tree.map(lambda s: s[None], block_stats)]
+        main, *mtp = self._summed_losses(predictions)
         nothing = Losses(
             main=main,
-            mtp=mtp / max(self.cfg.mtp.depth, 1),
+            mtp=sum(mtp, jnp.zeros_like(main)) / max(self.cfg.mtp.depth, 1),
             balance=jnp.zeros_like(main),
             counts=jnp.zeros((0, self.cfg.moe.num_experts), jnp.int32),
             rounds=jnp.zeros((), jnp.int32),
         )
         return nothing.with_stats(stats)
 
-    def _summed_loss(self, x_BSD: Array, targets_BS: Array, mask_BS: Array) -> Float[Array, ""]:
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        targets_T, axes = targets_BS.reshape(-1), self.mesh.gather_axes
-        loss_T = cross_entropy(x_TD, self.head_DV[...], targets_T, self.cfg.loss_chunk, axes)
-        return jnp.where(mask_BS.reshape(-1), loss_T, 0).sum()
+    def _summed_losses(self, predictions: list[tuple[Array, Array, Array]]) -> list[Float[Array, ""]]:
+        """The loss of each (hidden, targets, mask); the head is gone through once for all of them."""
+        hidden, targets, masks = zip(*predictions, strict=True)
+        x_TD = jnp.concatenate([x.reshape(-1, x.shape[-1]) for x in hidden])
+        targets_T = jnp.concatenate([ids.reshape(-1) for ids in targets])
+        axes, cfg = self.mesh.gather_axes, self.cfg
+        loss_T = cross_entropy(x_TD, self.head_DV[...], targets_T, cfg.loss_chunk, axes, cfg.keep_logits)
+        ends = itertools.accumulate(ids.size for ids in targets[:-1])
+        parts = zip(jnp.split(loss_T, list(ends)), masks, strict=True)
+        return [jnp.where(mask.reshape(-1), loss, 0).sum() for loss, mask in parts]
 
 
 def _read(segment_ids_BN: Array | None) -> Array | None:

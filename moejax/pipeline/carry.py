@@ -23,9 +23,11 @@ class Work:
     layer: Callable[[Any, tuple[Array, Any]], tuple[Array, Any]]  # (weights, (x, integers)) -> (x, stats)
     integers: Callable[[Array], Any]  # what the layers read of a micro-batch beside x
     enter: Callable[[Any, Array], Array]  # (extras, micro-batch) -> the first stage's x
-    leave: Callable[[Any, Array, Array], tuple[Array, Any]]  # (extras, last x, micro-batch) -> (objective, sums)
+    # (extras, guests, last x, micro-batch) -> (objective, sums)
+    leave: Callable[[Any, Any, Array, Array], tuple[Array, Any]]
     dstats: Any  # cotangents of a layer's stats; None for integers
     layers: tuple[int, ...]  # how many each stage has
+    guests: int = 0  # places after the last stage's layers, whose weights `leave` reads; else it is given None
 
 
 @jax.tree_util.register_dataclass

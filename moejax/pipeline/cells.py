@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from moejax.model.shards import widened
@@ -61,7 +62,7 @@ class Cells:
             dstack=zeros(self.stack),
             dextras=zeros(self.extras),
             stats=jax.tree.map(lambda s: jnp.zeros((number_of_layers, *s.shape), s.dtype), stats),
-            sums=zero_results(self.work.leave, self.extras, x, jnp.zeros((), jnp.int32)),
+            sums=zero_results(self.work.leave, self.extras, self.guests(0), x, jnp.zeros((), jnp.int32)),
             ran=record,
         )
         residual = [pool(table.num_residual, functions.residuals[i]) for i in self.stored] if self.keeps else []
@@ -232,7 +233,8 @@ class Cells:
             return carry
 
         def leave(sums: Any, z: Array) -> Any:
-            return jax.tree.map(jnp.add, sums, self.work.leave(self.extras, y, row.f_microbatch + z)[1])
+            found = self.work.leave(self.extras, self.guests(row.f_copy + z), y, row.f_microbatch + z)[1]
+            return jax.tree.map(jnp.add, sums, found)
 
         sums = when(row.f_stage == self.num_stages - 1, leave, carry.outcome.sums)
         return with_outcome(carry, sums=sums)
@@ -240,23 +242,28 @@ class Cells:
     def leave(self, carry: Carry, row: Row) -> Carry:
         """In the last stage: the losses of its output, whose entry takes their gradient."""
 
-        def leave(state: tuple[Array, Any, Any], z: Array) -> tuple[Array, Any, Any]:
-            hidden, dextras, sums = state
-            place, microbatch = row.b_g + z, row.b_microbatch + z
-            gradient = jax.grad(self.work.leave, argnums=(0, 1), has_aux=True)
-            (more, dy), found = gradient(self.extras, get(hidden, place), microbatch)
-            return put(hidden, dy, place), jax.tree.map(jnp.add, dextras, more), jax.tree.map(jnp.add, sums, found)
+        def leave(state: tuple[Array, Outcome], z: Array) -> tuple[Array, Outcome]:
+            hidden, outcome = state
+            entry, microbatch, copy = row.b_g + z, row.b_microbatch + z, row.b_copy + z
+            gradient = jax.grad(self.work.leave, argnums=(0, 1, 2), has_aux=True)
+            arguments = self.extras, self.guests(copy), get(hidden, entry), microbatch
+            (dextras, dguests, dy), sums = gradient(*arguments)
+            dstack, first = outcome.dstack, copy * self.depth + self.work.layers[-1]
+            for guest in range(self.work.guests):
+                dstack = added(dstack, first + guest, layer_of(dguests, guest))
+            more = jax.tree.map(jnp.add, (outcome.dextras, outcome.sums), (dextras, sums))
+            return put(hidden, dy, entry), dataclasses.replace(outcome, dstack=dstack, dextras=more[0], sums=more[1])
 
-        state = carry.hidden, carry.outcome.dextras, carry.outcome.sums
-        hidden, dextras, sums = when(row.b_stage == self.num_stages - 1, leave, state)
-        return with_outcome(dataclasses.replace(carry, hidden=hidden), dextras=dextras, sums=sums)
+        state = carry.hidden, carry.outcome
+        hidden, outcome = when(row.b_stage == self.num_stages - 1, leave, state)
+        return dataclasses.replace(carry, hidden=hidden, outcome=outcome)
 
     def end_backward(self, carry: Carry, row: Row, dx: Array) -> Carry:
         """Gives the gradient on; in the first stage to what enters, whose forward is computed again."""
 
         def enter(dextras: Any, z: Array) -> Any:
             _, pull = jax.vjp(lambda extras: self.work.enter(extras, row.b_microbatch + z), self.extras)
-            return jax.tree.map(jnp.add, dextras, pull(dx)[0])
+            return jax.tree.map(jnp.add, dextras, pull(dx + z.astype(dx.dtype))[0])
 
         carry = with_outcome(carry, dextras=when(row.b_stage == 0, enter, carry.outcome.dextras))
         return dataclasses.replace(carry, hidden=put(carry.hidden, dx, row.b_x))
@@ -272,6 +279,13 @@ class Cells:
     def weights(self, copy: Array, index: Array) -> Any:
         """Those of one layer."""
         return widened(layer_of(self.stack, copy * self.depth + index))
+
+    def guests(self, copy: Any) -> Any:
+        """The weights of a copy of the last stage that lie after its layers."""
+        if not self.work.guests:
+            return None
+        start, count = copy * self.depth + self.work.layers[-1], self.work.guests
+        return widened(jax.tree.map(lambda w: lax.dynamic_slice_in_dim(w, start, count), self.stack))
 
     def residuals(self, carry: Carry, index: Array, place: Array, microbatch: Array) -> list[Array]:
         """What the forward pass of a layer left, and its integers, looked up."""

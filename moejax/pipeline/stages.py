@@ -1,7 +1,8 @@
 """A model cut into stages: which layers lie where, and what of the model is not part of a stage.
 
 The MoE layers are spread over the stages. What comes before them (embedding, dense layers) runs with the first stage,
-what comes after (final norm, head, loss, MTP modules) with the last; both are on every rank, in shards.
+what comes after (final norm, head, loss, MTP modules) with the last; both are on every rank, in shards, but for the
+blocks of MTP modules, which lie with the last stage's layers where it has places for them (`guests`).
 """
 
 import functools
@@ -26,6 +27,7 @@ from moejax.ops.linear import FLOATS
 from moejax.pipeline.carry import Outcome, Work
 from moejax.pipeline.cells import Cells
 from moejax.pipeline.executor import run
+from moejax.pipeline.guests import let_go, num_guests, taken_in
 from moejax.pipeline.layout import lay_out
 from moejax.pipeline.mirror import from_copies, to_copies
 from moejax.pipeline.schedule import Program, forward_only, named, unpiped
@@ -114,7 +116,10 @@ def gradients(
     outcome = _run(config, program, nnx.merge(structure, params, biases), batch, to)
     dmodel = jax.tree.map(lambda g: lax.psum(g, "pipe"), reduce(outcome.dextras, mesh_of_extras(config.mesh)))
     if program.num_ranks > 1:
-        dmodel.moe_blocks = from_copies(program, reduce(outcome.dstack, replace(config.mesh, pipe=1)))
+        dstack = from_copies(program, reduce(outcome.dstack, replace(config.mesh, pipe=1)))
+        if num_guests(config):
+            dstack, dmodel.mtp.block = let_go(config, dstack)
+        dmodel.moe_blocks = dstack
     return nnx.split(dmodel, nnx.Param, RouterBias)[1], _losses(config, program, outcome)
 
 
@@ -135,6 +140,9 @@ def _run(config: RunConfig, program: Program, model: Transformer, batch: Any, to
         whole = gather_for_step(model, config.mesh, dtype)
         return run(table, columns, WholePasses(_whole(config, batch, to), whole))
     own, model.moe_blocks = model.moe_blocks, None
+    if num_guests(config):
+        modules: Any = model.mtp
+        own, modules.block = taken_in(config, own, modules.block), None
     stack = gather_for_step(to_copies(program, narrowed(own, config.mesh, dtype)), config.mesh, dtype)
     x = vary_over(jnp.zeros((rows, length, config.model.hidden_size), dtype), AXES)
     return run(table, columns, Cells(table, _work(config, batch, to), stack, model, x))
@@ -176,12 +184,12 @@ def _work(config: RunConfig, batch: Any, to: Objective) -> Work:
     def enter(extras: Transformer, microbatch: Array) -> Array:
         return extras.enter(embed(extras, microbatch), integers(microbatch))
 
-    def leave(extras: Transformer, hidden: Array, microbatch: Array) -> tuple[Array, Losses]:
+    def leave(extras: Transformer, guests: Block | None, hidden: Array, microbatch: Array) -> tuple[Array, Losses]:
         tokens, segment_ids, mask = _micro_batch(config, batch, microbatch)
-        return to.of(extras.leave(hidden, embed(extras, microbatch), tokens, mask, segment_ids))
+        return to.of(extras.leave(hidden, embed(extras, microbatch), tokens, mask, segment_ids, guests))
 
     part = vary_over(jnp.full((), 1 / to.num_parts, jnp.float32), AXES)
-    return Work(layer, integers, enter, leave, (part, None, None), lay_out(config).layers)
+    return Work(layer, integers, enter, leave, (part, None, None), lay_out(config).layers, num_guests(config))
 
 
 def _losses(config: RunConfig, program: Program, outcome: Outcome) -> Losses:

@@ -78,7 +78,7 @@ def _piped(config: RunConfig) -> dict[str, int]:
     table, layer, depth = table_of(program), layer_functions(shapes), layout.depth
     is_gathered, is_mirrored = config.mesh.sharding == "zero1", program.placement == "dual"
     stack = [w for w in weights if w.part == "moe_blocks"]
-    extras = [w for w in weights if w.part != "moe_blocks"]
+    extras = [w for w in weights if w.part not in ("moe_blocks", "guests")]
     copy = depth * layout.chunks * sum(w.whole * w.use_bytes if is_gathered else 4 * w.shard for w in stack)
     gradients = 4 * depth * layout.chunks * sum(w.whole if is_gathered else w.shard for w in stack)
     saved = zip(layer.residuals, layer.residual_inputs, strict=True)

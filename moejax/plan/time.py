@@ -118,7 +118,8 @@ class Cells:
         self.layer = block(config, "moe") if config.model.num_moe_layers else []
         dense = block(config, "dense") * config.model.num_dense_layers
         self.enter = [*embedding(config), *dense]
-        self.leave = head(config) * (1 + config.model.mtp.depth) + mtp_module(config) * config.model.mtp.depth
+        self.losses = head(config) * (1 + config.model.mtp.depth)
+        self.mtp = mtp_module(config) * config.model.mtp.depth
         self.piped = config.mesh.pipe > 1
         self.layers = lay_out(config).layers if self.piped else (config.model.num_moe_layers,)
 
@@ -227,17 +228,38 @@ class Cells:
             work = self._compute(self._select(self.enter, sides))
             found += work + self._prefetched("enter", side, work.total())
         if stage == last and kind in "BI":
-            found += Parts({HEAD: self._compute(self.leave).total()}) + self._exposed("leave", "B")
+            found += Parts({HEAD: self._compute(self.mtp).total()}) + self._exposed("leave", "B", but="head")
+            found += self._losses
         if not self.piped and kind != "W":
             work = self._compute(self._select(self.layer, "F" if kind == "F" else "IW")) * self.layers[0]
             found += self._prefetched("stack", side, work.total())
         return found
 
+    @functools.cached_property
+    def _losses(self) -> Parts:
+        """Both passes of all losses: but for the first chunk's columns, and the last one's gradient, they travel beside
+        the products of other chunks (`ops.loss`).
+        """
+        own = [t for t in self.transfers if (t.place, t.what) == ("leave", "head")]
+        chunks = own[0].times if own else 1
+        first, *others = (self.seconds(t) for t in own) if own else (0.0, 0.0, 0.0)
+        found, alone = Parts(), first + others[-1]
+        for side, communication in (("F", (chunks - 1) * first), ("IW", chunks * sum(others) - others[-1])):
+            beside = self._phase(communication, self._select(self.losses, side))
+            alone += beside.pop(EXPOSED, 0.0)
+            found += Parts({HEAD: beside.total()})
+        return found + Parts({f"{HEAD}, communication": alone})
+
     def _prefetched(self, place: str, side: str, hiding: float) -> Parts:
-        """Communication of layers whose weights are gathered a layer ahead (`model.prefetch`), beside their work."""
+        """Communication of layers whose weights are gathered a layer ahead (`model.prefetch`), beside their work.
+
+        Nothing is beside the first gather, and in a backward pass the last sum of a gradient.
+        """
         found = self._exposed(place, side)
         gathers = sum(found.pop(OUTSIDE[what], 0.0) for what in ("weights", "gradients"))
-        return found + Parts({OUTSIDE["weights"]: max(0.0, gathers - hiding)})
+        own = {t.what: self.seconds(t) for t in self.transfers if (t.place, t.side) == (place, side) and t.times}
+        alone = min(gathers, own.get("weights", 0.0) + own.get("gradients", 0.0))
+        return found + Parts({OUTSIDE["weights"]: alone + max(0.0, gathers - alone - hiding)})
 
     def outside(self) -> Parts:
         """What comes before the pipeline and after it: the mirror, gathers, sums of gradients, the optimizer."""
@@ -267,11 +289,11 @@ class Cells:
         own = (t for t in self.transfers if (t.place, t.side) == (place, side) and t.what in what)
         return sum(self.seconds(t) * t.times for t in own)
 
-    def _exposed(self, place: str, side: str, only: str = "") -> Parts:
+    def _exposed(self, place: str, side: str, only: str = "", but: str = "") -> Parts:
         """Communication for which everything waits."""
         found = Parts()
         for t in self.transfers:
-            if (t.place, t.side) == (place, side) and (not only or t.what == only):
+            if (t.place, t.side) == (place, side) and only in ("", t.what) and t.what != but:
                 found += Parts({_part_of(t): self.seconds(t) * t.times})
         return found
 

@@ -22,6 +22,7 @@ from moejax.model.shards import gather_for_use
 from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
 from moejax.pipeline.backward import StageFunctions, flatten, trace_stage
+from moejax.pipeline.guests import num_guests
 from moejax.pipeline.stages import mesh_of_extras
 
 
@@ -35,13 +36,15 @@ class Shapes:
     rows: int  # of a micro-batch on a device
     length: int
     segments: bool
+    guests: bool  # whether the blocks of the MTP modules lie with the layers of a stage
 
     @classmethod
     def of(cls, config: RunConfig) -> "Shapes":
         """Those of a run whose mesh is resolved, without what does not matter."""
         mesh = dataclasses.replace(config.mesh, pipe=min(config.mesh.pipe, 2))
         rows, data = config.rows_of_microbatch // config.mesh.batch_shards, config.data
-        return cls(config.model, mesh, config.precision, rows, data.sequence_length, data.mask_documents)
+        guests = num_guests(config) > 0
+        return cls(config.model, mesh, config.precision, rows, data.sequence_length, data.mask_documents, guests)
 
 
 @functools.lru_cache(maxsize=32)
@@ -71,6 +74,10 @@ def beside(shapes: Shapes) -> dict[str, tuple[Any, int]]:
     piped = shapes.mesh.pipe > 1
     if piped:
         model.moe_blocks = None
+    modules: Any = model.mtp
+    guests = modules.block if shapes.guests else None
+    if shapes.guests:
+        modules.block = None
     graph, params = nnx.split(model)
     hidden = jax.ShapeDtypeStruct((shapes.rows, shapes.length, shapes.model.hidden_size), dtype)
     tokens = jax.ShapeDtypeStruct((shapes.rows, shapes.length + 1), jnp.int32)
@@ -87,9 +94,9 @@ def beside(shapes: Shapes) -> dict[str, tuple[Any, int]]:
         segments = ids(tokens)
         return extras.enter(extras.embed(tokens[:, :-1], dtype), None if segments is None else segments[:, :-1])
 
-    def leave(params: Any, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def leave(params: Any, guests: Any, hidden: jax.Array, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         extras: Transformer = nnx.merge(graph, params)
-        return total(extras.leave(hidden, extras.embed(tokens[:, :-1], dtype), tokens, mask, ids(tokens)))
+        return total(extras.leave(hidden, extras.embed(tokens[:, :-1], dtype), tokens, mask, ids(tokens), guests))
 
     def whole(params: Any, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         return total(nnx.merge(graph, params).losses(tokens, mask, ids(tokens), dtype))
@@ -101,12 +108,13 @@ def beside(shapes: Shapes) -> dict[str, tuple[Any, int]]:
     if not piped:
         grad = jax.grad(whole)
         return {"whole": (_on_device(shapes.mesh, _program(grad), params, tokens, mask), count)}
-    found = {
-        "enter F": _on_device(shapes.mesh, _program(enter), params, tokens),
-        "enter B": _on_device(shapes.mesh, _program(pulled), params, tokens, hidden),
-        "leave": _on_device(shapes.mesh, _program(jax.grad(leave, argnums=(0, 1))), params, hidden, tokens, mask),
+    losses = _program(jax.grad(leave, argnums=(0, 1, 2)))
+    both = count + len(jax.tree.leaves(guests))
+    return {
+        "enter F": (_on_device(shapes.mesh, _program(enter), params, tokens), count),
+        "enter B": (_on_device(shapes.mesh, _program(pulled), params, tokens, hidden), count),
+        "leave": (_on_device(shapes.mesh, losses, params, guests, hidden, tokens, mask), both),
     }
-    return {name: (program, count) for name, program in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------------------- pieces
@@ -139,9 +147,13 @@ def _model(shapes: Shapes) -> Transformer:
                 dims[place] //= getattr(mesh, axis) if isinstance(entry, str) or axis in mesh.gather_axes else 1
         return variable.replace(jax.ShapeDtypeStruct(tuple(dims), jnp.float32))
 
+    modules: Any = made.mtp
+    guests = modules.block if shapes.guests else None
     made.moe_blocks = None
     made = jax.tree.map(functools.partial(local, extras), made, is_leaf=_is_variable)
     made.moe_blocks = jax.tree.map(functools.partial(local, shapes.mesh), blocks, is_leaf=_is_variable)
+    if shapes.guests:
+        modules.block = jax.tree.map(functools.partial(local, shapes.mesh), guests, is_leaf=_is_variable)
     return made
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from moejax.config import RunConfig
 from moejax.mesh import AXES, BATCH_AXES
+from moejax.model.prefetch import UNROLLED
 from moejax.ops.fp8 import TILE
 from moejax.ops.hops import Hop, plan_exchange
 from moejax.ops.linear import FLOATS
@@ -145,14 +146,14 @@ def _scanned(
 ) -> Iterator[Transfer]:
     """A stack whose layers are gathered one ahead (`model.prefetch`); of each way through: side, whether it scatters.
 
-    The layer that is last on the way is gathered once more, for nothing. `hoists`: the one that is first is gathered
-    once a step.
+    Of more than a few the layer that is last on the way is gathered once more, for nothing; `hoists`: the one that is
+    first once a step.
     """
     count = stack[0].layers if stack else 0
-    if hoists:
-        yield from _gathered(nodes, stack, "step", "", min(count, 2))  # the first forward, and the first back
+    if hoists and count > UNROLLED:
+        yield from _gathered(nodes, stack, "step", "", 2)  # the first forward, and the first back
     for side, scatters in ways:
-        times = (count if count > 1 else 0) + (not hoists)
+        times = count + (count > UNROLLED and not hoists)
         yield from _gathered(nodes, stack, place, side, times)
         yield from _scattered(config, nodes, stack, place, side, count if scatters else 0)
 
@@ -179,11 +180,10 @@ def _beside(config: RunConfig, nodes: Nodes, hoists: bool) -> Iterator[Transfer]
     if gathers_here:
         yield from _gathered(nodes, after, *(("step", "") if hoists else ("leave", "B")), 1)  # type: ignore[arg-type]
         yield from _scattered(config, nodes, after, "leave", "B", 1)
-    for depth in range(model.mtp.depth + 1):
-        length = config.data.sequence_length - depth
-        yield from _head(config, nodes, axes)
-        if depth and model.num_moe_layers:
-            yield from _exchange(config, nodes, "leave", length)
+    yield from _head(config, nodes, axes, hoists and not piped)
+    for depth in range(1, model.mtp.depth + 1):
+        if model.num_moe_layers:
+            yield from _exchange(config, nodes, "leave", config.data.sequence_length - depth)
 
 
 def _embedding(
@@ -199,14 +199,18 @@ def _embedding(
     yield Transfer(label, "all-to-all", "embedding", place, side, size, forward + backward, share)
 
 
-def _head(config: RunConfig, nodes: Nodes, axes: tuple[str, ...]) -> Iterator[Transfer]:
-    """Chunks of the head's columns (`ops.loss`), for the loss and again for its gradient, which is scattered."""
+def _head(config: RunConfig, nodes: Nodes, axes: tuple[str, ...], hoists: bool) -> Iterator[Transfer]:
+    """Chunks of the head's columns (`ops.loss`), for all losses and again for their gradient, which is scattered.
+
+    `hoists`: the first one, which stands outside of the loops over chunks, once for both, where no loop is around it.
+    """
     devices = math.prod(nodes.lengths[axis] for axis in axes)
     columns, dim = config.model.vocab_size // devices, config.model.hidden_size
     own = min(max(config.model.loss_chunk // devices, 1), -(-columns // 2))
     label, share, chunks = nodes.label(axes), nodes.share(axes), -(-columns // own)
     gathered = dim * own * devices * _itemsize(config)
-    yield Transfer(label, "all-gather", "head", "leave", "B", gathered, 2 * chunks, share)
+    for times in (chunks, chunks - hoists):
+        yield Transfer(label, "all-gather", "head", "leave", "B", gathered, times, share)
     yield Transfer(label, "reduce-scatter", "head", "leave", "B", 4 * dim * own, chunks, share)
 
 
@@ -226,7 +230,8 @@ def _once(config: RunConfig, nodes: Nodes) -> Iterator[Transfer]:
     """The mirror, the weights and gradients of ZeRO-1, what is summed over ranks and replicas, and sums of numbers."""
     mesh, weights, piped = config.mesh, weights_of(config), config.mesh.pipe > 1
     stack = [weight for weight in weights if weight.part == "moe_blocks"]
-    extras = [weight for weight in weights if weight.part != "moe_blocks"]
+    guests = [weight for weight in weights if weight.part == "guests"]
+    extras = [weight for weight in weights if weight.part not in ("moe_blocks", "guests")]
     depth = lay_out(config).depth * lay_out(config).chunks if piped else config.model.num_moe_layers
     copies = 2 if piped and config.pipeline.schedule == "dualpipe" else 1
     if copies == 2:
@@ -242,7 +247,7 @@ def _once(config: RunConfig, nodes: Nodes) -> Iterator[Transfer]:
     size = _gradient_bytes(config) * numbers
     yield Transfer(nodes.label(left), "all-reduce", "gradients", "step", "", size, 1, nodes.share(left))
     if piped:
-        size = 4 * sum(weight.shard * weight.layers for weight in extras if weight.trained)
+        size = 4 * sum(weight.shard * weight.layers for weight in (*extras, *guests) if weight.trained)
         yield Transfer(nodes.label(["pipe"]), "all-reduce", "gradients", "step", "", size, 1, nodes.share(["pipe"]))
     places = len(lay_out(config).layer_of_slot) if piped else config.model.num_moe_layers
     counts = (places + config.model.mtp.depth) * config.model.moe.num_experts if config.model.num_moe_layers else 0

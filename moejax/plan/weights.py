@@ -14,6 +14,7 @@ from moejax.config import ONE_DEVICE, ModelConfig, RunConfig
 from moejax.model.moe import RouterBias
 from moejax.model.transformer import Transformer
 from moejax.ops.linear import FLOATS
+from moejax.pipeline.guests import num_guests
 from moejax.pipeline.stages import mesh_of_extras
 from moejax.train.state import layer_of_slot
 
@@ -22,7 +23,9 @@ from moejax.train.state import layer_of_slot
 class Weight:
     """A parameter or router bias, of all layers of a stack together."""
 
-    part: str  # field of `Transformer`: embed_VD, dense_blocks, moe_blocks, norm, head_DV, mtp
+    # field of `Transformer`: embed_VD, dense_blocks, moe_blocks, norm, head_DV, mtp; or guests: those of `mtp` that lie
+    # with a stage's layers
+    part: str
     layers: int  # places of the stack, on all ranks of the pipeline; 1 where there is none
     shard: int  # numbers of one layer that a device stores
     axes: tuple[str, ...]  # longer than 1, over which its shards lie
@@ -48,20 +51,27 @@ def by_axes(sizes: Iterable[tuple[Weight, int]]) -> dict[tuple[str, ...], int]:
 def weights_of(config: RunConfig) -> list[Weight]:
     """The weights of a run; its mesh is resolved."""
     slots = layer_of_slot(config) if config.mesh.pipe > 1 else None
-    return [_weight(config, *variable) for variable in _variables(config.model, slots)]
+    has_guests = num_guests(config) > 0
+    return [
+        _weight(config, "guests" if has_guests and path[:2] == ("mtp", "block") else path[0], shape, about)
+        for path, shape, about in _variables(config.model, slots)
+    ]
 
 
 @functools.lru_cache(maxsize=64)
-def _variables(model: ModelConfig, slots: tuple[int, ...] | None) -> list[tuple[str, tuple[int, ...], dict[str, Any]]]:
-    """Of each variable the part, the shape, and what it says of itself."""
+def _variables(
+    model: ModelConfig, slots: tuple[int, ...] | None
+) -> list[tuple[tuple[str, ...], tuple[int, ...], dict[str, Any]]]:
+    """Of each variable its path in the model, the shape, and what it says of itself."""
     made = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), model, ONE_DEVICE, slots))
     found = jax.tree_util.tree_leaves_with_path(made, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return [(path[0].name, v.get_value().shape, v.get_metadata() | {"type": type(v)}) for path, v in found]
+    named = ((tuple(key.name for key in path), variable) for path, variable in found)
+    return [(names, v.get_value().shape, v.get_metadata() | {"type": type(v)}) for names, v in named]
 
 
 def _weight(config: RunConfig, part: str, shape: tuple[int, ...], about: dict[str, Any]) -> Weight:
-    mesh = config.mesh if part == "moe_blocks" else mesh_of_extras(config.mesh)
-    layers = shape[0] if part in ("dense_blocks", "moe_blocks", "mtp") else 1
+    mesh = config.mesh if part in ("moe_blocks", "guests") else mesh_of_extras(config.mesh)
+    layers = shape[0] if part in ("dense_blocks", "moe_blocks", "mtp", "guests") else 1
     spec, gather = about.get("spec", ()), about.get("gather", "never")
     parts = math.prod(getattr(mesh, entry) for entry in spec if isinstance(entry, str))
     axes = tuple(axis for entry in spec if isinstance(entry, tuple) for axis in entry if axis in mesh.gather_axes)

@@ -18,6 +18,7 @@ from moejax.ops.hops import Exchange, plan_exchange
 Side = Literal["F", "I", "W"]
 # Of a layer: up to the dispatch of its tokens, from there to the combine, and after it; of a backward pass the reverse.
 Piece = Literal["attention", "experts", "end"]
+COPIES = "copies of activations"
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,29 @@ def block(config: RunConfig, kind: Literal["dense", "moe"]) -> list[Operation]:
     if config.model.remat == "full":
         found += [replace(op, side="I") for op in found if op.side == "F"]
     if kind == "moe" and config.mesh.pipe > 1:  # into the pools and out of them
-        found += [made.memory("copies of activations", side, "end", 2 * kept_bytes(config)) for side in ("F", "I")]
+        found += [made.memory(COPIES, side, "end", 2 * kept_bytes(config)) for side in ("F", "I")]
     return found
 
 
 def head(config: RunConfig) -> list[Operation]:
-    """Cross entropy of one prediction for each token; the backward pass computes the logits again."""
+    """Cross entropy of one prediction for each token; the backward pass computes the logits again, or has them."""
     made, model = _Work(config), config.model
     logits = made.tokens * model.vocab_size
     product = 2.0 * logits * model.hidden_size
-    products = [made.product("head", side, "end", "dense", product, fp8=False) for side in ("F", "I", "I")]
+    sides: tuple[Side, ...] = ("F", "I") if model.keep_logits else ("F", "I", "I")
+    products = [made.product("head", side, "end", "dense", product, fp8=False) for side in sides]
     products.append(made.product("head", "W", "end", "outer", product, fp8=False))
-    # FP32 logits written and read in either pass, their gradient in BF16 written and read twice
-    return [*products, made.memory("head", "F", "end", 8.0 * logits), made.memory("head", "I", "end", 14.0 * logits)]
+    # FP32 logits written once or twice and read in either pass, their gradient in BF16 written and read twice
+    size = 10.0 if model.keep_logits else 14.0
+    return [*products, made.memory("head", "F", "end", 8.0 * logits), made.memory("head", "I", "end", size * logits)]
 
 
 def mtp_module(config: RunConfig) -> list[Operation]:
     """One MTP module without its head: the joining product, never in FP8, and a block."""
     made, dim = _Work(config), config.model.hidden_size
     joined = made.linear("MTP's join", "attention", 2 * dim, dim, fp8=False)
-    return [*joined, *block(config, "moe" if config.model.num_moe_layers else "dense")]
+    own = block(config, "moe" if config.model.num_moe_layers else "dense")
+    return [*joined, *(op for op in own if op.name != COPIES)]  # what it keeps is not put into pools
 
 
 def embedding(config: RunConfig) -> list[Operation]:
