@@ -147,14 +147,17 @@ def _scanned(
     """A stack whose layers are gathered one ahead (`model.prefetch`); of each way through: side, whether it scatters.
 
     Of more than a few the layer that is last on the way is gathered once more, for nothing; `hoists`: the one that is
-    first once a step.
+    first once a step. Of a few, which are not scanned, `hoists` takes the same gathers of one cell for one.
     """
     count = stack[0].layers if stack else 0
     if hoists and count > UNROLLED:
         yield from _gathered(nodes, stack, "step", "", 2)  # the first forward, and the first back
+    cells: set[str] = set()
     for side, scatters in ways:
-        times = count + (count > UNROLLED and not hoists)
-        yield from _gathered(nodes, stack, place, side, times)
+        cell = side if config.mesh.pipe > 1 else ""  # without a pipeline one does both passes
+        if not (hoists and count <= UNROLLED and cell in cells):
+            yield from _gathered(nodes, stack, place, side, count + (count > UNROLLED and not hoists))
+        cells.add(cell)
         yield from _scattered(config, nodes, stack, place, side, count if scatters else 0)
 
 
@@ -180,7 +183,7 @@ def _beside(config: RunConfig, nodes: Nodes, hoists: bool) -> Iterator[Transfer]
     if gathers_here:
         yield from _gathered(nodes, after, *(("step", "") if hoists else ("leave", "B")), 1)  # type: ignore[arg-type]
         yield from _scattered(config, nodes, after, "leave", "B", 1)
-    yield from _head(config, nodes, axes, hoists and not piped)
+    yield from _head(config, nodes, axes, hoists)
     for depth in range(1, model.mtp.depth + 1):
         if model.num_moe_layers:
             yield from _exchange(config, nodes, "leave", config.data.sequence_length - depth)
@@ -202,7 +205,7 @@ def _embedding(
 def _head(config: RunConfig, nodes: Nodes, axes: tuple[str, ...], hoists: bool) -> Iterator[Transfer]:
     """Chunks of the head's columns (`ops.loss`), for all losses and again for their gradient, which is scattered.
 
-    `hoists`: the first one, which stands outside of the loops over chunks, once for both, where no loop is around it.
+    `hoists`: the first one, which stands outside of the loops over chunks, once for both.
     """
     devices = math.prod(nodes.lengths[axis] for axis in axes)
     columns, dim = config.model.vocab_size // devices, config.model.hidden_size
