@@ -230,7 +230,7 @@ def compiled_pipeline(ranks, microbatches):
         x, _ = given
         return x + jnp.tanh(x @ weights.astype(x.dtype)), jnp.zeros(())
 
-    def leave(extras, y, microbatch):
+    def leave(extras, guests, y, microbatch):
         loss = y.astype(jnp.float32).sum()
         return loss, loss
 

@@ -38,7 +38,7 @@ def run_of(mesh, pipeline=TWO, layers=18, rows=16, moments="fp32"):
             num_heads=4, q_lora_rank=64, kv_lora_rank=64, qk_nope_dim=32, qk_rope_dim=16, v_dim=32, block=128
         ),
         moe=MoEConfig(num_experts=8, top_k=2, num_groups=4, top_groups=2, expert_width=128),
-        loss_chunk=512,
+        loss_chunk=256,  # four chunks: XLA for CPUs computes both of two at one time
     )
     config = RunConfig(
         steps=1,

@@ -12,7 +12,7 @@ from moejax.config import MeshConfig, ModelConfig
 from moejax.model.layers import MLP, Norm
 from moejax.model.mla import MLA
 from moejax.model.moe import BlockStats, MoE
-from moejax.model.prefetch import scan_gathered
+from moejax.model.prefetch import is_scanned, scan_gathered
 
 # With remat="cheap" the backward pass keeps these and computes the rest again: norms, MLA up-projections, SwiGLU
 # (arXiv:2412.19437, section 3.2.3).
@@ -120,10 +120,12 @@ def run_stack(
 
     With FSDP and HSDP `blocks` lie in shards, and are gathered one layer ahead.
     """
+    is_gathered = mesh.sharding != "zero1"
+    in_loop = not is_gathered or is_scanned(blocks)
 
     def layer(block: Block, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, BlockStats | None]:
-        return run_block(block, x, positions, segment_ids, remat, in_loop=True)
+        return run_block(block, x, positions, segment_ids, remat, in_loop)
 
-    if mesh.sharding != "zero1":
+    if is_gathered:
         return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))
     return jax.lax.scan(lambda x, block: layer(block, x, positions_BS, segment_ids_BS), x_BSD, blocks)

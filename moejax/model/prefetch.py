@@ -26,6 +26,11 @@ Stats = TypeVar("Stats")
 UNROLLED = 4  # layers that are not scanned: one gather more would be a fifth of all, or more
 
 
+def is_scanned(shards: Any) -> bool:
+    """Whether a stack has more layers than those that stand one after the other."""
+    return _count(shards) > UNROLLED
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def scan_gathered(
     layer: Callable[..., tuple[Array, Stats]], cfg: MeshConfig, dtype: DTypeLike, shards: Any, x: Array, fixed: tuple
@@ -51,7 +56,7 @@ def _forward(
     def one(x: Array, weights: Any) -> tuple[Array, Any, Any]:
         return _pulled(layer, widened(weights), x, fixed)
 
-    if last + 1 <= UNROLLED:
+    if not is_scanned(shards):
         stats, pulls = [], []
         weights = weights_of(0, x)
         for index in range(last + 1):
@@ -80,7 +85,7 @@ def _backward(
     weights_of, last = _weights(shards, cfg, dtype)
     dstats = _inexact(dstats)
 
-    if last + 1 <= UNROLLED:
+    if not is_scanned(shards):
         dshards: list[Any] = [None] * (last + 1)
         weights = weights_of(last, dx)
         for index in reversed(range(last + 1)):
@@ -113,7 +118,11 @@ def _weights(shards: Any, cfg: MeshConfig, dtype: DTypeLike) -> tuple[Callable[.
         own = own if after is None else lax.optimization_barrier((own, after))[0]
         return gathered(own, cfg, dtype)
 
-    return of, jax.tree.leaves(shards)[0].shape[0] - 1
+    return of, _count(shards) - 1
+
+
+def _count(shards: Any) -> int:
+    return jax.tree.leaves(shards)[0].shape[0]
 
 
 def _inexact(tree: Any) -> list[Array]:
