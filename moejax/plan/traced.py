@@ -147,13 +147,12 @@ def _model(shapes: Shapes) -> Transformer:
                 dims[place] //= getattr(mesh, axis) if isinstance(entry, str) or axis in mesh.gather_axes else 1
         return variable.replace(jax.ShapeDtypeStruct(tuple(dims), jnp.float32))
 
-    modules: Any = made.mtp
-    guests = modules.block if shapes.guests else None
+    guests = made.mtp.block if shapes.guests else None  # type: ignore[attr-defined]
     made.moe_blocks = None
     made = jax.tree.map(functools.partial(local, extras), made, is_leaf=_is_variable)
     made.moe_blocks = jax.tree.map(functools.partial(local, shapes.mesh), blocks, is_leaf=_is_variable)
     if shapes.guests:
-        modules.block = jax.tree.map(functools.partial(local, shapes.mesh), guests, is_leaf=_is_variable)
+        made.mtp.block = jax.tree.map(functools.partial(local, shapes.mesh), guests, is_leaf=_is_variable)
     return made
 
 
