@@ -152,6 +152,13 @@ def test_step_equals_one_device(config, mesh, sharding, routing):
     assert_same_as_one_device(config, dataclasses.replace(MESHES[mesh], sharding=sharding), routing)
 
 
+@pytest.mark.slow
+def test_layers_in_a_loop_equal_one_device(config, change):
+    """The models of the other tests have so few layers that they are not scanned with FSDP."""
+    config = change(config, "model.num_layers", config.model.num_dense_layers + prefetch.UNROLLED + 1)
+    assert_same_as_one_device(config, MeshConfig(data=2, expert=4, sharding="fsdp"), "skewed")
+
+
 # ------------------------------------------------------------------------------------------------- the compiled program
 
 
@@ -230,9 +237,10 @@ def test_state_is_drawn_alike_on_every_mesh(config):
         assert got.sharding == leaf.sharding
 
 
-def test_fsdp_gathers_a_layer_while_the_one_before_computes(config, monkeypatch):
+def test_fsdp_gathers_a_layer_while_the_one_before_computes(config, change):
     """In the loops over layers what is gathered is handed to the next round, forward and backward."""
-    monkeypatch.setattr(prefetch, "UNROLLED", 0)  # as with more layers than these
+    layers = prefetch.UNROLLED + 1
+    config = change(change(config, "model.num_dense_layers", layers), "model.num_layers", 2 * layers)
     step, arguments = abstract_step(config, MeshConfig(data=8, sharding="fsdp"))
     bodies = [body for body in scan_bodies(step.trace(*arguments).jaxpr.jaxpr) if gathers_weights(body)]
     of_layers = [
