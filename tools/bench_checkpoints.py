@@ -6,7 +6,8 @@ A model of 100 million parameters in FP32, with its moments 1.2 GB, is trained o
 saved again and again. Reported, as medians with the smallest and the largest:
 
 - stall: how long the step after a save waits, and the same for a GB
-- the 10 steps after a save, relative to the 10 steps before it
+- the 10 steps after a save, relative to the 10 steps before it: what else the machine does is in it
+- how much longer the step beside a save takes than the usual one of the 20 around it, relative to 10 of them
 - peak of the process's memory in a save, beyond that before it, relative to the state (the shard of its one device)
 - memory after each of many saves of a small state: how the median of the last third differs from that of the second
 - bytes per second of a restore and of a verification from disk, relative to reading the same files and nothing else
@@ -118,6 +119,8 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
     ledger = [event["seconds"].get("save_stall", 0.0) for event in lines(run, "events") if event["kind"] == "ledger"]
     stalls = [after - before for before, after in itertools.pairwise(ledger) if after > before]
     stalls = stalls[: len(done)]  # the last save is waited for
+    usual = {e["step"]: statistics.median(steps[e["step"] + k] for k in (*range(-9, 1), *range(2, 11))) for e in done}
+    longer = [(steps[step + 1] - seconds) / seconds for step, seconds in usual.items()]
     around = [(window(steps, event["step"] - 9), window(steps, event["step"] + 1)) for event in done]
     return [
         ("state", f"{size / GB:.2f} GB"),
@@ -125,6 +128,7 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
         ("stall per save", f"{spread(stalls)} s"),
         ("stall per GB", f"{spread([stall / size * GB for stall in stalls])} s"),
         ("10 steps after a save / before it", spread([after / before for before, after in around])),
+        ("the step beside a save, longer by, of 10 steps", spread([steps / 10 for steps in longer])),
         ("step", f"{spread([before for before, _ in around])} s"),
     ]
 
