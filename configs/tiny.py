@@ -56,5 +56,5 @@ def config() -> RunConfig:
             valid_fraction=0.03,
             fim_rate=0.0,
         ),
-        log=LogConfig(valid_every=50, pictures_every=50, prompt="import "),
+        log=LogConfig(valid_every=50, pictures_every=50, prompt="import ", sample_tokens=120),
     )

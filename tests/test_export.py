@@ -173,6 +173,11 @@ def test_the_averaged_weights(untrained, tmp_path):
         np.testing.assert_array_equal(average[name], x if name.endswith(BIAS) else x / 4, err_msg=name)
 
 
+def test_a_model_of_bytes_gets_a_tokenizer_of_bytes(untrained, tmp_path):
+    export(untrained, tmp_path / "hf", dtype="fp32")
+    assert load(tmp_path / "hf").generate("route", max_tokens=4) == load(untrained).generate("route", max_tokens=4)
+
+
 def test_the_tokenizer_comes_along(averaging, untrained, tmp_path):
     (tmp_path / "own").mkdir()
     file, run = tmp_path / "own" / "bpe.json", untrained.parent.parent

@@ -58,8 +58,9 @@ def test_small_moe_fits_and_has_no_dense_grouped_product(precision, kernels, no_
 @pytest.mark.hopper
 def test_a_stage_of_v3_fits_and_has_no_dense_grouped_product(no_cache):
     """Four MoE layers, as most ranks of 16 have, on 64 H200s in 8 nodes: 4 experts each, tokens in two hops, FP8."""
-    words = """--precision fp8 --model.num-layers 4 --model.num-dense-layers 0 --model.mtp.depth 0 --schedule.ramp-start None
-        --mesh.expert 64 --mesh.expert-nodes 8 --data.batch-size 256 --pipeline.microbatches 4"""
+    words = """--precision fp8 --model.num-layers 4 --model.num-dense-layers 0 --model.mtp.depth 0
+        --schedule.ramp-start None --mesh.expert 64 --mesh.expert-nodes 8 --data.batch-size 256
+        --pipeline.microbatches 4"""
     config = load_config("configs/deepseek_v3.py", words.split())
     lowered = lowered_step(config)
     assert "ragged_dot" not in lowered.as_text()

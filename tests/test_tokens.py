@@ -12,7 +12,7 @@ from moejax.config import ConfigError, DataConfig
 from moejax.data import cache, open_tokenizer, train_tokenizer
 from moejax.data.cache import open_tokens
 from moejax.data.sources import find_sources
-from moejax.data.tokens import END, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIAL_TOKENS, ByteTokenizer
+from moejax.data.tokens import END, FIM_BEGIN, FIM_END, FIM_HOLE, SPECIAL_TOKENS, ByteTokenizer, bytes_as_file
 
 TEXT = (
     "In 1234567 years the quick brown fox, 敏捷的棕色狐狸, jumps over don't and 3.14159!\n\n\tdef f(x): return x\r\n"
@@ -55,6 +55,23 @@ def test_byte_tokenizer_has_the_special_tokens_after_the_bytes():
     assert (tokenizer.fim.hole, tokenizer.fim.begin, tokenizer.fim.end) == (259, 260, 261)
     assert tokenizer.decode([256, 104, 105, 257, 300, 0xE6]) == "hi\ufffd"
     np.testing.assert_array_equal(tokenizer.token_bytes, [1] * 256 + [0] * 6)
+
+
+@settings(max_examples=50)
+@given(text=any_text | st.just("".join(map(chr, range(0x800)))))
+def test_bytes_as_a_file_give_the_same_ids(byte_file, text):
+    own = ByteTokenizer()
+    assert byte_file.encode(text) == own.encode(text)
+    assert byte_file.decode(byte_file.encode(text)) == text
+    assert (byte_file.begin_id, byte_file.end_id, byte_file.fim) == (own.begin_id, own.end_id, own.fim)
+    np.testing.assert_array_equal(byte_file.token_bytes, own.token_bytes)
+
+
+@pytest.fixture(scope="module")
+def byte_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("bytes") / "tokenizer.json"
+    file.write_text(bytes_as_file(), encoding="utf-8")
+    return open_tokenizer(str(file), vocab_size=262)
 
 
 def test_trained_tokenizer_has_the_published_special_tokens_first(trained):

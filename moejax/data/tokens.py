@@ -6,6 +6,7 @@ spells the name of one: documents must not be able to end themselves.
 
 import abc
 import hashlib
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,6 +90,19 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids below 256."""
         return bytes(index for index in ids if 0 <= index < 256).decode(errors="replace")
+
+
+def bytes_as_file() -> str:
+    """The ids of ByteTokenizer as a tokenizer.json, for tools that know no other tokenizer."""
+    # byte-level vocabularies spell a byte as a character: itself where that can be seen, else one from 256 on, in order
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1), *range(ord("\u00ae"), 256)}
+    others = itertools.count(256)
+    vocabulary = {chr(byte if byte in seen else next(others)): byte for byte in range(256)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer.to_str()
 
 
 class FileTokenizer(Tokenizer):

@@ -138,10 +138,11 @@ def _shown(totals: dict[int, int]) -> list[int]:
 
 def _time_table(made: Plan) -> Table:
     timing = made.timing
-    table = _table("a step", "seconds", "%")
+    unit, factor = ("seconds", 1.0) if timing.step >= 0.1 else ("ms", 1e3)
+    table = _table("a step", unit, "%")
     rows = [*timing.cells.items(), ("", 0.0), *timing.parts.largest_first(), ("[bold]step", timing.step)]
     for name, seconds in rows:
-        numbers = (f"{seconds:.3f}", f"{100 * seconds / timing.step:.1f}") if seconds else ("", "")
+        numbers = (f"{factor * seconds:.3f}", f"{100 * seconds / timing.step:.1f}") if seconds else ("", "")
         table.add_row(name, *numbers)
     return table
 
@@ -152,7 +153,7 @@ def _cost_table(made: Plan) -> Table:
     for name, value in (
         ("tokens/s per GPU", f"{timing.tokens_per_second:,.0f}"),
         ("MFU, attention's causal half counted", f"{timing.mfu:.1%}"),
-        ("steps, tokens", f"{run.steps:,}, {run.tokens / 1e12:.2f}T"),
+        ("steps, tokens", f"{run.steps:,}, {_many(run.tokens)}"),
         ("per trillion tokens", _spent(run.gpu_hours_per_trillion, run.dollars_per_trillion)),
         ("days per trillion tokens", f"{run.days_per_trillion:.1f}"),
         ("all tokens", _spent(run.gpu_hours, run.dollars)),
@@ -161,7 +162,7 @@ def _cost_table(made: Plan) -> Table:
         ("interval that loses least", f"{run.interval / 60:.1f} min"),
         ("goodput", f"{run.goodput:.1%}"),
         ("all tokens, with failures", _spent(run.gpu_hours_with_failures, run.dollars_with_failures)),
-        ("wall clock, with failures", f"{run.hours / max(run.goodput, 1e-9) / 24:.1f} days"),
+        ("wall clock, with failures", _wall_clock(run.hours / max(run.goodput, 1e-9))),
     ):
         table.add_row(name, value)
     return table
@@ -176,7 +177,16 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _spent(hours: float, dollars: float) -> str:
-    return f"{hours / 1e3:,.1f}K GPU-hours, ${dollars / 1e6:,.3f}M"
+    spent = f"{hours / 1e3:,.1f}K" if hours >= 1e3 else f"{hours:.3g}"
+    return f"{spent} GPU-hours, " + (f"${dollars / 1e6:,.3f}M" if dollars >= 1e5 else f"${dollars:,.2f}")
+
+
+def _many(tokens: float) -> str:
+    return f"{tokens / 1e12:.2f}T" if tokens >= 1e10 else f"{tokens:,.0f}"
+
+
+def _wall_clock(hours: float) -> str:
+    return f"{hours / 24:.1f} days" if hours >= 24 else f"{60 * hours:,.1f} min"
 
 
 def _gb(size: float) -> str:

@@ -56,7 +56,8 @@ def import_hf(folder: Path, out: Path) -> Imported:
     with open_hf(folder) as (cfg, tensors), becoming(out) as part:
         config = _config(folder, out, cfg, tensors)
         (part / "config.json").write_text(config.to_json(), encoding="utf-8")
-        copy_tokenizer(str(folder / TOKENIZER) if config.data.tokenizer != "bytes" else "bytes", part)
+        if config.data.tokenizer != "bytes":
+            copy_tokenizer(str(folder / TOKENIZER), part)
         count, size = _write_checkpoint(part / "checkpoints" / str(BEFORE_TRAINING), config, tensors)
     return Imported(count, size, config)
 

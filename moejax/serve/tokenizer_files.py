@@ -3,13 +3,16 @@
 import shutil
 from pathlib import Path
 
+from moejax.data.tokens import bytes_as_file
+
 TOKENIZER = "tokenizer.json"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")  # what describes it to others
 
 
 def copy_tokenizer(name: str, folder: Path) -> None:
-    """Copies the tokenizer.json of a run, and what describes it beside it, to a folder; nothing for bytes."""
+    """Copies the tokenizer.json of a run, and what describes it beside it, to a folder; for "bytes" one is made."""
     if name == "bytes":
+        (folder / TOKENIZER).write_text(bytes_as_file(), encoding="utf-8")
         return
     file = Path(name).expanduser()
     shutil.copyfile(file, folder / TOKENIZER)
