@@ -28,6 +28,6 @@ def config() -> RunConfig:
         precision="fp8",
         schedule=ScheduleConfig(tokens=14.8e12, ramp_start=3072, ramp_increment=1536, ramp_until=469e9 / 14.8e12),
         mesh=MeshConfig(exchange_slack=1.15),
-        pipeline=PipelineConfig(microbatches=120, max_deferred_w=1),  # of 128 rows, one for each pipeline of DeepSeek's
+        pipeline=PipelineConfig(microbatches=120, max_deferred_w=0),  # of 128 rows, one for each pipeline of DeepSeek's
         data=DataConfig(tokenizer="tokenizer.json", sequence_length=4096, batch_size=15360, fim_rate=0.1),
     )

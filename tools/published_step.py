@@ -31,7 +31,7 @@ def rows(words: list[str]) -> list[tuple[str, float, float]]:
         ("a step, s", timing.step, 19.926),
         ("of it forward alone (1F)", cells["1F"], 1.13),
         ("backward alone, of the input (1B; here with weights where they are not put off)", cells["1B"], 1.99),
-        ("weight gradients alone (1W)", cells["1W"], 0.48),
+        ("weight gradients alone (1W)", cells.get("1W", 0.0), 0.48),
         ("forward and backward joined (1F1B)", cells["1F1B"], 13.95),
         ("bubble", cells["bubble"], 2.06),
         ("optimizer, with what is sent once a step", cells["outside"], 0.29),
