@@ -240,7 +240,7 @@ def test_state_is_drawn_alike_on_every_mesh(config):
 def test_fsdp_gathers_a_layer_while_the_one_before_computes(config, change):
     """In the loops over layers what is gathered is handed to the next round, forward and backward."""
     layers = prefetch.UNROLLED + 1
-    config = change(change(config, "model.num_dense_layers", layers), "model.num_layers", 2 * layers)
+    config = change(change(config, "model.num_layers", 2 * layers), "model.num_dense_layers", layers)
     step, arguments = abstract_step(config, MeshConfig(data=8, sharding="fsdp"))
     bodies = [body for body in scan_bodies(step.trace(*arguments).jaxpr.jaxpr) if gathers_weights(body)]
     of_layers = [

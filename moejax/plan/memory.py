@@ -21,7 +21,7 @@ from moejax.pipeline.layout import lay_out
 from moejax.pipeline.stages import program_of, table_of
 from moejax.plan.arrays import state_arrays
 from moejax.plan.liveness import Peak, peak
-from moejax.plan.traced import Shapes, beside, layer_functions
+from moejax.plan.traced import Shapes, beside, joined_layers, layer_functions
 from moejax.plan.traffic import Platform
 from moejax.plan.weights import weights_of
 
@@ -107,12 +107,10 @@ def _kept(config: RunConfig) -> int:
 
 
 def _working(shapes: Shapes, layer: StageFunctions, joined: bool) -> Peak:
-    """Of the pass that needs most; the two passes of a joined cell run at one time."""
-    programs = layer.forward_jaxpr, layer.backward_jaxpr
-    forward, backward = (peak(program, layer.num_params) for program in programs)
-    both = Peak(*map(sum, zip(forward, backward, strict=True)))
-    others = (peak(program, count) for program, count in beside(shapes).values())
-    return max(both if joined else max(forward, backward), *others)
+    """Of the pass that needs most; the two passes of a joined cell are woven."""
+    alone = ((program, layer.num_params) for program in (layer.forward_jaxpr, layer.backward_jaxpr))
+    of_layers = [joined_layers(shapes)] if joined else alone
+    return max(peak(program, count) for program, count in (*of_layers, *beside(shapes).values()))
 
 
 def _shares(config: RunConfig) -> list[dict[str, float]]:

@@ -23,6 +23,7 @@ from moejax.model.transformer import Losses, Transformer
 from moejax.ops.linear import FLOATS
 from moejax.pipeline.backward import StageFunctions, flatten, trace_stage
 from moejax.pipeline.guests import num_guests
+from moejax.pipeline.interleave import interleave
 from moejax.pipeline.stages import mesh_of_extras
 
 
@@ -63,6 +64,24 @@ def layer_functions(shapes: Shapes) -> StageFunctions:
     x = jax.ShapeDtypeStruct((shapes.rows, shapes.length, shapes.model.hidden_size), dtype)
     segments = jax.ShapeDtypeStruct((shapes.rows, shapes.length), jnp.int32) if shapes.segments else None
     return _on_device(mesh, lambda params, x, segments: trace_stage(layer, params, (x, segments)), params, x, segments)
+
+
+@functools.lru_cache(maxsize=32)
+def joined_layers(shapes: Shapes) -> tuple[Any, int]:
+    """The forward of one MoE layer woven with the backward of another, with the number of their weights."""
+    layer = layer_functions(shapes)
+
+    def given(program: Any) -> tuple[list, list]:
+        arrays = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals]
+        return arrays[: layer.num_params], arrays[layer.num_params :]
+
+    (ahead, x), (behind, kept) = given(layer.forward_jaxpr), given(layer.backward_jaxpr)
+
+    def woven(ahead: list, behind: list, x: list, kept: list) -> Any:
+        programs = layer.forward_jaxpr, [*ahead, *x], layer.backward_jaxpr, [*behind, *kept]
+        return interleave(*programs, num_weights=(layer.num_params, layer.num_params))
+
+    return _on_device(shapes.mesh, _program(woven), ahead, behind, x, kept), 2 * layer.num_params
 
 
 @functools.lru_cache(maxsize=32)
