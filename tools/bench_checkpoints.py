@@ -7,7 +7,8 @@ saved again and again. Reported, as medians with the smallest and the largest:
 
 - stall: how long the step after a save waits, and the same for a GB
 - the 10 steps after a save, relative to the 10 steps before it: what else the machine does is in it
-- how much longer the step beside a save takes than the usual one of the 20 around it, relative to 10 of them
+- how much longer the step beside a save takes than the usual one of the 20 around it, relative to 10 of them:
+  a part of what a save costs, as later steps may be slower too
 - peak of the process's memory in a save, beyond that before it, relative to the state (the shard of its one device)
 - memory after each of many saves of a small state: how the median of the last third differs from that of the second
 - bytes per second of a restore and of a verification from disk, relative to reading the same files and nothing else
