@@ -28,6 +28,7 @@ def config() -> RunConfig:
         precision="fp8",
         schedule=ScheduleConfig(tokens=14.8e12, ramp_start=3072, ramp_increment=1536, ramp_until=469e9 / 14.8e12),
         mesh=MeshConfig(exchange_slack=1.15),
-        pipeline=PipelineConfig(microbatches=120, max_deferred_w=0),  # of 128 rows, one for each pipeline of DeepSeek's
+        # micro-batches of 128 rows, one for each pipeline of DeepSeek's; a weight gradient put off would take 4 GB
+        pipeline=PipelineConfig(microbatches=120, max_deferred_w=0),
         data=DataConfig(tokenizer="tokenizer.json", sequence_length=4096, batch_size=15360, fim_rate=0.1),
     )

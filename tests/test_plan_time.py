@@ -174,7 +174,8 @@ def test_products_of_a_joined_cell_are_those_of_the_published_trace():
 
 def test_step_of_v3_beside_the_published_one():
     """A bound: 19.926 s are published. The end ranks, with dense layers, MTP and losses, have still the most to do."""
-    found = estimate(v3(), H800)
-    assert 1.0 < found.step / 19.926 < 1.35
+    found = estimate(v3(f"{MESH} --pipeline.max-deferred-w 1"), H800)
+    assert 1.0 < found.step / 19.926 < 1.3
+    assert found.step < estimate(v3(), H800).step < 1.02 * found.step  # which puts none off, to fit
     slowest = max(range(16), key=found.busy.__getitem__)
     assert slowest in (0, 15) and 1.05 < found.busy[slowest] / found.busy[8] < 1.25

@@ -129,7 +129,7 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
         ("stall per save", f"{spread(stalls)} s"),
         ("stall per GB", f"{spread([stall / size * GB for stall in stalls])} s"),
         ("10 steps after a save / before it", spread([after / before for before, after in around])),
-        ("the step beside a save, longer by, of 10 steps", spread([steps / 10 for steps in longer])),
+        ("the step beside a save, longer by, of 10 steps", spread([share / 10 for share in longer])),
         ("step", f"{spread([before for before, _ in around])} s"),
     ]
 

@@ -186,7 +186,9 @@ def _many(tokens: float) -> str:
 
 
 def _wall_clock(hours: float) -> str:
-    return f"{hours / 24:.1f} days" if hours >= 24 else f"{60 * hours:,.1f} min"
+    if hours < 1:
+        return f"{60 * hours:.1f} min"
+    return f"{hours:.1f} h" if hours < 24 else f"{hours / 24:.1f} days"
 
 
 def _gb(size: float) -> str:
