@@ -1,12 +1,13 @@
 """What checkpoints cost: stalls, slower steps, memory, the speed of restoring and verifying, a killed run's way back.
 
-    python tools/bench_checkpoints.py [--folder FOLDER] [--saves 8] [--rows 2] [--small-saves 50]
+    python tools/bench_checkpoints.py [--folder FOLDER] [--saves 8] [--rows 2] [--step-cores N] [--small-saves 50]
 
 A model of 100 million parameters in FP32, with its moments 1.2 GB, is trained on this machine's CPU in one process and
 saved again and again. Reported, as medians with the smallest and the largest:
 
 - stall: how long the step after a save waits, and the same for a GB
-- the 10 steps after a save, relative to the 10 steps before it: what else the machine does is in it
+- the 10 steps after a save, relative to the 10 steps before it: what else the machine does is in it, as in the control
+- the control: the 10 steps before a save, relative to the 10 before them, with no save between
 - how much longer the step beside a save takes than the usual one of the 20 around it, relative to 10 of them:
   a part of what a save costs, as later steps may be slower too
 - peak of the process's memory in a save, beyond that before it, relative to the state (the shard of its one device)
@@ -71,7 +72,7 @@ def config() -> RunConfig:
 '''
 LARGE = {"hidden": 512, "layers": 9, "expert_width": 256}
 SMALL = {"hidden": 64, "layers": 3, "expert_width": 32}
-BETWEEN = 20  # steps between two saves: 10 after the one, 10 before the other
+BETWEEN = 30  # steps between two saves: 10 after the one, 10 that nothing happens in, 10 before the other
 GB = 1e9
 ON_CPU = {**os.environ, "JAX_PLATFORMS": "cpu"}
 
@@ -82,6 +83,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/bench_checkpoints"))
     parser.add_argument("--saves", type=int, default=8, help="of the large state")
     parser.add_argument("--rows", type=int, default=2, help="of 64 tokens, in a step of the large model")
+    cores = (
+        "that a step of the large model keeps busy, as XLA takes them from NPROC: the others are free, as beside a GPU"
+    )
+    parser.add_argument("--step-cores", type=int, help=cores)
     parser.add_argument("--small-saves", type=int, default=50, help="of the small state")
     names = ["saves", "peaks", "many", "reading", "killed"]
     parser.add_argument("--parts", nargs="+", default=names, choices=names, help="reading needs the run of saves")
@@ -94,7 +99,7 @@ def main() -> None:
     for name, sizes, rows in (("large", LARGE, options.rows), ("small", SMALL, 2)):
         (options.folder / f"{name}.py").write_text(CONFIG.format(text=str(text.absolute()), rows=rows, **sizes))
     parts = {
-        "saves": lambda: saves(options.folder, options.saves),
+        "saves": lambda: saves(options.folder, options.saves, options.step_cores),
         "peaks": peaks,
         "many": lambda: many_saves(options.folder, options.small_saves),
         "reading": lambda: reading(options.folder),
@@ -108,10 +113,10 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------ saving
 
 
-def saves(folder: Path, number: int) -> list[tuple[str, str]]:
+def saves(folder: Path, number: int, cores: int | None) -> list[tuple[str, str]]:
     """Stalls and slower steps of a run that saves the large state."""
-    run = folder / "large"
-    if train(folder / "large.py", run, BETWEEN * number + 10, BETWEEN).wait():
+    run, limit = folder / "large", {} if cores is None else {"NPROC": str(cores)}
+    if train(folder / "large.py", run, BETWEEN * number + 10, BETWEEN, env=limit).wait():
         sys.exit(f"{run}: the run failed")
     steps = {line["step"]: line["step_time"] for line in lines(run, "metrics")}
     done = [event for event in lines(run, "events") if event["kind"] == "checkpoint" and event["step"] % BETWEEN == 0]
@@ -122,15 +127,16 @@ def saves(folder: Path, number: int) -> list[tuple[str, str]]:
     stalls = stalls[: len(done)]  # the last save is waited for
     usual = {e["step"]: statistics.median(steps[e["step"] + k] for k in (*range(-9, 1), *range(2, 11))) for e in done}
     longer = [(steps[step + 1] - seconds) / seconds for step, seconds in usual.items()]
-    around = [(window(steps, event["step"] - 9), window(steps, event["step"] + 1)) for event in done]
+    around = [[window(steps, event["step"] + first) for first in (-19, -9, 1)] for event in done]
     return [
         ("state", f"{size / GB:.2f} GB"),
         ("a save, from its begin to its commit", f"{spread([event['seconds'] for event in done])} s"),
         ("stall per save", f"{spread(stalls)} s"),
         ("stall per GB", f"{spread([stall / size * GB for stall in stalls])} s"),
-        ("10 steps after a save / before it", spread([after / before for before, after in around])),
+        ("10 steps after a save / before it", spread([after / before for _, before, after in around])),
+        ("10 steps / 10 before them, no save between", spread([later / earlier for earlier, later, _ in around])),
         ("the step beside a save, longer by, of 10 steps", spread([share / 10 for share in longer])),
-        ("step", f"{spread([before for before, _ in around])} s"),
+        ("step", f"{spread([before for _, before, _ in around])} s"),
     ]
 
 
@@ -350,11 +356,13 @@ def event_of(run: Path, kind: str, since: float, process: subprocess.Popen) -> d
 # -------------------------------------------------------------------------------------------------------------- pieces
 
 
-def train(config: Path, run: Path, steps: int, every: int, *flags: str) -> subprocess.Popen:
-    """Starts a run."""
+def train(
+    config: Path, run: Path, steps: int, every: int, *flags: str, env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Starts a run; `env`: more of its environment."""
     words = ["--steps", str(steps), "--out", str(run), "--checkpoint.every-steps", str(every), *flags]
     command = [sys.executable, "-m", "moejax", "train", str(config), *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ON_CPU)
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**ON_CPU, **(env or {})})
 
 
 def lines(run: Path, name: str) -> list[dict]:
