@@ -1,7 +1,7 @@
 """How far loss curves of one config part that should be equal: on a pipeline, in FP8.
 
-    python tools/curves.py pipeline [--steps 100] [--out FOLDER] [CONFIG]
-    python tools/curves.py fp8 [--steps 2000] [--out FOLDER] [CONFIG]
+    python tools/curves.py pipeline [CONFIG] [--steps 100] [--out FOLDER]
+    python tools/curves.py fp8 [CONFIG] [--steps 2000] [--out FOLDER] [--seeds 0 1 2 3] [--at-once 2]
 
 Three runs with the same data and seed each. The first two differ in the order of sums alone: one device, and one device
 that adds up four micro-batches. A router's choice between two experts that are nearly equal turns a last bit into
@@ -9,13 +9,16 @@ another path, so all curves part in time; the question is whether the third part
 the second does. It is DualPipe on pipe 4 x expert 2 simulated devices, all in FP32; or FP8, where the others are BF16.
 
 Prints a table of the losses and of those smoothed as in section 3.3.4 of the V3 report (each step adds a tenth of
-itself), and draws the latter. A run that is there is not repeated.
+itself), and draws the latter. Of several seeds it shows the mean curves, and how far the mean over a whole run is
+apart, with the standard error that the seeds give it. A run that is there is not repeated.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,40 +44,62 @@ PUBLISHED = 0.0025  # bound of the relative difference between FP8 and BF16
 
 
 def main() -> None:
-    """Trains what is missing, prints the table, draws the curves."""
+    """Trains what is missing, prints the tables, draws the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("config", nargs="?", default="configs/tiny.py")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--at-once", type=int, default=1, help="runs at one time, which share the processors")
     options = parser.parse_args()
     runs = COMPARISONS[options.comparison]
-    losses = {name: trained(options.config, options.steps, options.out, name, words) for name, words in runs.items()}
+    cores = max(1, (os.cpu_count() or 1) // options.at_once)
+
+    def run(seed: int, name: str) -> np.ndarray:
+        words = ("--seed", str(seed), "--steps", str(options.steps), *runs[name])
+        return trained(options.config, options.out / f"{name.replace(',', '').replace(' ', '_')}_{seed}", words, cores)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        running = {name: [pool.submit(run, seed, name) for seed in options.seeds] for name in runs}
+        losses = {name: np.stack([loss.result() for loss in loss_of_seeds]) for name, loss_of_seeds in running.items()}
     smooth = {name: smoothed(loss) for name, loss in losses.items()}
-    print(table(losses))
+    print(table({name: loss.mean(0) for name, loss in losses.items()}))
     print("\nsmoothed\n")
-    print(table(smooth))
+    print(table({name: loss.mean(0) for name, loss in smooth.items()}))
+    print("\nmean over the run\n")
+    print("\n".join(f"{name}: {mean:+.2%} ± {error:.2%}" for name, (mean, error) in apart(smooth).items()))
     picture = options.out / "curves.png"
     draw(smooth, PUBLISHED if options.comparison == "fp8" else None).savefig(picture, dpi=150)
     print(f"\n{picture}")
 
 
-def trained(config: str, steps: int, out: Path, name: str, words: tuple[str, ...]) -> np.ndarray:
+def trained(config: str, folder: Path, words: tuple[str, ...], cores: int) -> np.ndarray:
     """The loss of every step of a run, float64 [steps]."""
-    folder = out / name.replace(",", "").replace(" ", "_")
-    words = ("--steps", str(steps), "--out", str(folder), *QUIET, *words)
-    subprocess.run([sys.executable, "-m", "moejax", "train", config, *words], check=True)
+    command = [sys.executable, "-m", "moejax", "train", config, "--out", str(folder), *QUIET, *words]
+    subprocess.run(command, check=True, env={**os.environ, "NPROC": str(cores)})
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([json.loads(line)["loss"] for line in lines])
 
 
-def smoothed(loss: np.ndarray) -> np.ndarray:
-    """The exponential moving average, of which the start is taken out."""
-    total, found = 0.0, []
-    for step, value in enumerate(loss, 1):
+def smoothed(losses: np.ndarray) -> np.ndarray:
+    """The exponential moving average over the steps [seeds, steps], of which the start is taken out."""
+    total, found = np.zeros(len(losses)), []
+    for step, value in enumerate(losses.T, 1):
         total = KEPT * total + (1 - KEPT) * value
         found.append(total / (1 - KEPT**step))
-    return np.array(found)
+    return np.stack(found, axis=1)
+
+
+def apart(losses: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """The mean of the relative difference to the first run over all steps and seeds, and its standard error.
+
+    It is that of the seeds' means; of one seed nan.
+    """
+    first, *others = losses.values()
+    means = [(other / first - 1).mean(1) for other in others]
+    errors = [mean.std(ddof=1) / len(mean) ** 0.5 if len(mean) > 1 else float("nan") for mean in means]
+    return {name: (m.mean(), e) for name, m, e in zip(list(losses)[1:], means, errors, strict=True)}
 
 
 def table(losses: dict[str, np.ndarray]) -> str:
@@ -90,15 +115,21 @@ def table(losses: dict[str, np.ndarray]) -> str:
 
 
 def draw(losses: dict[str, np.ndarray], bound: float | None) -> Figure:
-    """The curves above, and below their relative differences to the first; `bound`: of the last one's."""
+    """The mean curves above, and below their relative differences to the first; `bound`: of the last one's.
+
+    Of several seeds each one's difference is drawn too, thinner.
+    """
     figure = Figure(figsize=(8, 7), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     (first_name, first), *others = losses.items()
-    above.plot(range(1, len(first) + 1), first, color="black", linewidth=2, label=first_name)
+    steps = range(1, first.shape[1] + 1)
+    above.plot(steps, first.mean(0), color="black", linewidth=2, label=first_name)
     for colour, (name, loss) in zip(("#6b7280", "#d9730d"), others, strict=True):
-        steps = range(1, len(loss) + 1)
-        above.plot(steps, loss, color=colour, linewidth=1, label=name)
-        below.plot(steps, 100 * (loss / first - 1), color=colour, linewidth=1, label=f"{name} against {first_name}")
+        above.plot(steps, loss.mean(0), color=colour, linewidth=1, label=name)
+        if len(loss) > 1:
+            below.plot(steps, 100 * (loss / first - 1).T, color=colour, linewidth=0.4, alpha=0.5)
+        difference = 100 * (loss.mean(0) / first.mean(0) - 1)
+        below.plot(steps, difference, color=colour, linewidth=1, label=f"{name} against {first_name}")
     if bound is not None:
         below.axhspan(-100 * bound, 100 * bound, color="#2e8540", alpha=0.12, label=f"published bound, {bound:.2%}")
     above.set_ylabel("smoothed loss (nats per token)")
