@@ -176,14 +176,18 @@ def test_both_ends_of_dualpipe_run_the_first_and_the_last_stage(rank, passes_of)
 
 
 def test_gpus_gather_for_every_microbatch_what_cpus_gather_once():
-    """Two dense layers on each of three ways, which CPUs gather as often; and MTP's join with the norms."""
+    """MTP's join with the norms; not two dense layers, on three ways, of which one needs the last's last product not.
+
+    CPUs may take that way's gathers and those of the next for one.
+    """
     config = run_of(MeshConfig(pipe=2, data=2), PipelineConfig(microbatches=4))
     gpu, cpu = (
         {(t.place, t.side, t.times) for t in passes(config, platform=name) if (t.what, t.axis) == ("weights", "data")}
         for name in ("gpu", "cpu")
     )
-    assert gpu == {("step", "", 1), ("enter", "F", 2), ("enter", "B", 2), ("leave", "B", 1)}
-    assert cpu == {("step", "", 1), ("enter", "F", 2), ("enter", "B", 2)}
+    always = {("step", "", 1), ("enter", "F", 2), ("enter", "B", 2)}
+    assert gpu == always | {("enter", "B", 1), ("leave", "B", 1)}
+    assert cpu | {("enter", "B", 1)} == always | {("enter", "B", 1)}
 
 
 def test_more_layers_than_a_few_are_gathered_once_more_on_each_way():

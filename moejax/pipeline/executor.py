@@ -65,7 +65,7 @@ def _between(table: Table, cells: Cells) -> Callable[[Carry, Row, Array], Carry]
 
     def between(carry: Carry, row: Row, transfer: Array) -> Carry:
         if joined > 0:
-            is_beside = (transfer == jnp.asarray(beside, jnp.int32)).any()
+            is_beside = jnp.asarray([index in beside for index in range(len(table.transfers))])[transfer]
             carry = late(carry, row, (row.cell == joined) & ~is_beside)
         got = tuple(jnp.zeros_like(get(carry.hidden, row.send_x)) for _ in "xg")
         for index in beside:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from moejax.config import RunConfig
@@ -29,6 +30,8 @@ from moejax.plan.weights import Weight, by_axes, weights_of
 # stages: a value between two stages
 Place = Literal["step", "layer", "stack", "enter", "leave", "stages"]
 Platform = Literal["gpu", "cpu"]
+
+_MERGES = jax.__version_info__ < (0, 11)  # whether XLA for CPUs takes the same gathers of one cell for one
 
 
 @dataclass(frozen=True)
@@ -147,16 +150,23 @@ def _scanned(
     """A stack whose layers are gathered one ahead (`model.prefetch`); of each way through: side, whether it scatters.
 
     Of more than a few the layer that is last on the way is gathered once more, for nothing; `hoists`: the one that is
-    first once a step. Of a few, which are not scanned, `hoists` takes the same gathers of one cell for one.
+    first once a step. Of a few, which are not scanned, XLA for CPUs may take the same gathers of one cell for one, and
+    what no result needs is not gathered.
     """
     count = stack[0].layers if stack else 0
-    if hoists and count > UNROLLED:
+    few, full = count <= UNROLLED, config.model.remat == "full"
+    if hoists and not few:
         yield from _gathered(nodes, stack, "step", "", 2)  # the first forward, and the first back
     cells: set[str] = set()
     for side, scatters in ways:
         cell = side if config.mesh.pipe > 1 else ""  # without a pipeline one does both passes
-        if not (hoists and count <= UNROLLED and cell in cells):
-            yield from _gathered(nodes, stack, place, side, count + (count > UNROLLED and not hoists))
+        merges = hoists and _MERGES and few
+        again = few and not merges and side == "B" and not scatters  # the forward, but for the last layer's result
+        needless = [weight for weight in stack if again and (full or weight.name == "down_FD")]
+        if not (merges and cell in cells):
+            times = count + (not few and not hoists)
+            yield from _gathered(nodes, (weight for weight in stack if weight not in needless), place, side, times)
+            yield from _gathered(nodes, needless, place, side, times - 1)
         cells.add(cell)
         yield from _scattered(config, nodes, stack, place, side, count if scatters else 0)
 
@@ -205,14 +215,14 @@ def _embedding(
 def _head(config: RunConfig, nodes: Nodes, axes: tuple[str, ...], hoists: bool) -> Iterator[Transfer]:
     """Chunks of the head's columns (`ops.loss`), for all losses and again for their gradient, which is scattered.
 
-    `hoists`: the first one, which stands outside of the loops over chunks, once for both.
+    XLA for CPUs may gather the first one, which stands outside of the loops over chunks, once for both.
     """
     devices = math.prod(nodes.lengths[axis] for axis in axes)
     columns, dim = config.model.vocab_size // devices, config.model.hidden_size
     own = min(max(config.model.loss_chunk // devices, 1), -(-columns // 2))
     label, share, chunks = nodes.label(axes), nodes.share(axes), -(-columns // own)
     gathered = dim * own * devices * _itemsize(config)
-    for times in (chunks, chunks - hoists):
+    for times in (chunks, chunks - (hoists and _MERGES)):
         yield Transfer(label, "all-gather", "head", "leave", "B", gathered, times, share)
     yield Transfer(label, "reduce-scatter", "head", "leave", "B", 4 * dim * own, chunks, share)
 

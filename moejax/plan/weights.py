@@ -26,6 +26,7 @@ class Weight:
     # field of `Transformer`: embed_VD, dense_blocks, moe_blocks, norm, head_DV, mtp; or guests: those of `mtp` that lie
     # with a stage's layers
     part: str
+    name: str  # the last of its path, e.g. down_FD
     layers: int  # places of the stack, on all ranks of the pipeline; 1 where there is none
     shard: int  # numbers of one layer that a device stores
     axes: tuple[str, ...]  # longer than 1, over which its shards lie
@@ -53,7 +54,7 @@ def weights_of(config: RunConfig) -> list[Weight]:
     slots = layer_of_slot(config) if config.mesh.pipe > 1 else None
     has_guests = num_guests(config) > 0
     return [
-        _weight(config, "guests" if has_guests and path[:2] == ("mtp", "block") else path[0], shape, about)
+        _weight(config, "guests" if has_guests and path[:2] == ("mtp", "block") else path[0], path[-1], shape, about)
         for path, shape, about in _variables(config.model, slots)
     ]
 
@@ -69,7 +70,7 @@ def _variables(
     return [(names, v.get_value().shape, v.get_metadata() | {"type": type(v)}) for names, v in named]
 
 
-def _weight(config: RunConfig, part: str, shape: tuple[int, ...], about: dict[str, Any]) -> Weight:
+def _weight(config: RunConfig, part: str, name: str, shape: tuple[int, ...], about: dict[str, Any]) -> Weight:
     mesh = config.mesh if part in ("moe_blocks", "guests") else mesh_of_extras(config.mesh)
     layers = shape[0] if part in ("dense_blocks", "moe_blocks", "mtp", "guests") else 1
     spec, gather = about.get("spec", ()), about.get("gather", "never")
@@ -79,4 +80,5 @@ def _weight(config: RunConfig, part: str, shape: tuple[int, ...], about: dict[st
     shard = used // math.prod(getattr(mesh, axis) for axis in axes)
     dtype = FLOATS[config.precision] if gather == "compute" else jnp.float32
     whole = shard if gather == "never" else used
-    return Weight(part, layers, shard, axes, whole, jnp.dtype(dtype).itemsize, about["type"] is not RouterBias)
+    trained = about["type"] is not RouterBias
+    return Weight(part, name, layers, shard, axes, whole, jnp.dtype(dtype).itemsize, trained)
