@@ -104,7 +104,7 @@ class Engine:
             own = (lax.dynamic_slice_in_dim(vary_over(x, BATCH_AXES), index * each, each) for x in whole)
             tokens, length, number, keys = own
             cache = new_cache(self.cfg, each, shape.slots, shape.depth, self.dtype)
-            recent = jnp.zeros((each, 2 * shape.depth, self.cfg.hidden_size), self.dtype)
+            recent = jnp.zeros((each, max(2 * shape.depth, 1), self.cfg.hidden_size), self.dtype)
             cache, recent = jax.tree.map(lambda x: vary_over(x, BATCH_AXES), (cache, recent))
             return Rows(tokens, length, number, keys, cache, recent)
 

@@ -43,7 +43,9 @@ class Rows:
     number: Any  # int32 [B]: of the next token of the answer, from 0
     keys: Any  # uint32 [B, W]
     cache: Cache
-    recent: Any  # [B, 2 K, D]: what the first MTP module reads of the last positions that are in the cache
+    # [B, 2 K, D]: what the first MTP module reads of the last positions that are in the cache. [B, 1, D] and not read
+    # without modules: jax 0.11 dies of an empty array that is an input of a program on several devices
+    recent: Any
 
 
 def prefill(model: Decoder, rows: Rows, start: Int[Array, ""], size: int) -> Rows:
