@@ -12,7 +12,9 @@ import moejax
 from moejax.config import ONE_DEVICE, ConfigError, DataConfig, MeshConfig, MTPConfig, RunConfig
 from moejax.data.tokens import Tokenizer
 from moejax.mesh import make_mesh
+from moejax.model.decoder import taken_apart
 from moejax.ops.placement import rebalance_experts
+from moejax.serve.engine import Engine, Shape
 from moejax.serve.load import from_state
 from moejax.serve.placed import with_placement
 from moejax.train.state import abstract_state
@@ -228,6 +230,15 @@ def test_loaded_run_gives_the_loss_it_was_validated_with(run_config):
     assert spread.mesh.size == 8 and spread.generate("route each", max_tokens=5, temperature=0.0) == text
     with pytest.raises(ConfigError, match=r"mesh\.pipe=2: wanted 1"):
         moejax.load(result.folder, mesh=MeshConfig(pipe=2))
+
+
+@pytest.mark.parametrize("depth", [0, 1], ids=["plain", "with drafts"])
+def test_no_array_of_the_rows_is_empty(model, depth):
+    """XLA of jax 0.11 dies of one that several devices share."""
+    shape = Shape.of(2, prompt=3, tokens=8, depth=depth, kind="greedy", shards=1)
+    whole = np.zeros((2, shape.slots), np.int32), *np.zeros((2, 2), np.int32), np.zeros((2, 2), np.uint32)
+    engine = Engine(taken_apart(model.module, model.mesh, model.dtype), model.mesh, model.dtype)
+    assert min(array.size for array in jax.tree.leaves(engine.start(shape, *whole))) > 0
 
 
 def test_load_names_what_is_missing(tmp_path, run_config):
