@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="runs at one time, which share the processors")
     options = parser.parse_args()
     runs = COMPARISONS[options.comparison]
-    cores = max(1, (os.cpu_count() or 1) // options.at_once)
+    share = {"NPROC": str(max(1, (os.cpu_count() or 1) // options.at_once))} if options.at_once > 1 else {}
 
     def run(seed: int, name: str) -> np.ndarray:
         words = ("--seed", str(seed), "--steps", str(options.steps), *runs[name])
-        return trained(options.config, options.out / f"{name.replace(',', '').replace(' ', '_')}_{seed}", words, cores)
+        return trained(options.config, options.out / f"{name.replace(',', '').replace(' ', '_')}_{seed}", words, share)
 
     with ThreadPoolExecutor(options.at_once) as pool:
         running = {name: [pool.submit(run, seed, name) for seed in options.seeds] for name in runs}
@@ -74,10 +74,10 @@ def main() -> None:
     print(f"\n{picture}")
 
 
-def trained(config: str, folder: Path, words: tuple[str, ...], cores: int) -> np.ndarray:
-    """The loss of every step of a run, float64 [steps]."""
+def trained(config: str, folder: Path, words: tuple[str, ...], env: dict[str, str]) -> np.ndarray:
+    """The loss of every step of a run, float64 [steps]; `env`: more of its environment."""
     command = [sys.executable, "-m", "moejax", "train", config, "--out", str(folder), *QUIET, *words]
-    subprocess.run(command, check=True, env={**os.environ, "NPROC": str(cores)})
+    subprocess.run(command, check=True, env={**os.environ, **env})
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return np.array([json.loads(line)["loss"] for line in lines])
 
