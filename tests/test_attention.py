@@ -6,6 +6,7 @@ import naive
 import numpy as np
 import pytest
 
+from moejax.ops import plain_attention
 from moejax.ops.attention import attention
 
 SCALE = 0.3
@@ -13,6 +14,7 @@ LENGTHS = {
     "one token": (1, 8),
     "shorter than a block": (5, 8),
     "whole blocks": (24, 8),
+    "a few blocks and a rest": (37, 8),
     "many blocks and a rest": (37, 3),
     "blocks of one token": (6, 1),
 }
@@ -62,6 +64,19 @@ def test_values_match_naive_and_gradients_the_dense_form(size, documents):
     want = jax.jit(lambda *x: gradients(lambda *y: dense(*y, ids), *x))(change, q, k, v)
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6, err_msg=name)
+
+
+def test_rows_in_turns_give_what_they_give_together(monkeypatch):
+    *qkv, change = draw(20, rows=6)
+    ids = jnp.array(segments(20, rows=6))
+
+    def made():
+        return jax.jit(lambda *x: gradients(lambda *y: attention(*y, SCALE, ids, block=6), *x))(change, *qkv)
+
+    together = made()
+    monkeypatch.setattr(plain_attention, "_SCORES", 3 * 4 * 2 * 6 * 20)  # of three rows
+    for name, a, b in zip(("out", "dq", "dk", "dv"), made(), together, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_gradients_match_finite_differences_in_float64():
