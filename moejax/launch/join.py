@@ -9,6 +9,7 @@ import sys
 import threading
 
 from moejax.config import ConfigError, RunConfig
+from moejax.launch.host_memory import keep_freed_memory, runs_on_cpu
 from moejax.launch.meeting import meet
 from moejax.launch.place import Place, find_place
 
@@ -19,7 +20,8 @@ LEAVE_SECONDS = 5  # in which the others may leave too, for the same reason
 def join(config: RunConfig) -> RunConfig:
     """Gives this process its simulated devices and joins the other processes of its run.
 
-    It must come before anything that starts JAX. Where JAX has been joined to other processes already, it does nothing.
+    On CPU it keeps what memory it frees, too (`host_memory.py`). It must come before anything that starts JAX. Where
+    JAX has been joined to other processes already, it does nothing.
 
     Returns:
         The settings of the run, which are the same on every process: those given, without the number of this one.
@@ -45,6 +47,8 @@ def join(config: RunConfig) -> RunConfig:
         if config.simulate % processes:
             raise ConfigError("simulate", config.simulate, f"a multiple of the {processes} processes of this run")
         simulate(config.simulate // processes)
+    if runs_on_cpu():
+        keep_freed_memory()
     if place is not None:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
         settings = {**json.loads(run.to_json()), "processes": processes, "version": versions}
