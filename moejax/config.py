@@ -172,12 +172,13 @@ class ModelConfig:
     init_std: float = 0.006  # of every learnable matrix
     # what the backward pass computes again: nothing; norms, MLA up-projections and SwiGLU (DeepSeek's); whole blocks
     remat: Literal["none", "cheap", "full"] = "cheap"
+    unroll: int = 1  # layers in a round of the loop over layers: more is faster on CPU, and slower to compile
     loss_chunk: int = 8192  # columns of the vocabulary whose logits exist at one time
     keep_logits: bool = False  # until the backward pass of the losses, rather than computed again
 
     def __post_init__(self) -> None:
         _require_positive(self, "model", "vocab_size", "hidden_size", "num_layers", "dense_width", "norm_eps")
-        _require_positive(self, "model", "init_std", "loss_chunk")
+        _require_positive(self, "model", "init_std", "unroll", "loss_chunk")
         layers, dense = self.num_layers, self.num_dense_layers
         _require(0 <= dense <= layers, "model.num_dense_layers", dense, f"between 0 and num_layers={layers}")
 

@@ -78,6 +78,15 @@ def test_rematerialisation_changes_no_gradient(run_config, change, remat):
     assert_trees_close(other.opt_state[0].mu, cheap.opt_state[0].mu, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("unroll", "remat"), [(2, "cheap"), (9, "cheap"), (9, "none")])
+def test_unrolled_layers_change_no_gradient(run_config, change, unroll, remat):
+    batches = [batch_of(run_config)]
+    looped, looped_metrics = run(run_config, batches)
+    other, metrics = run(change(change(run_config, "model.unroll", unroll), "model.remat", remat), batches)
+    np.testing.assert_allclose(metrics.loss, looped_metrics.loss, rtol=1e-6)
+    assert_trees_close(other.opt_state[0].mu, looped.opt_state[0].mu, rtol=2e-5)
+
+
 def test_rematerialisation_saves_memory(run_config, change):
     config = change(change(run_config, "model.num_layers", 7), "data.batch_size", 32)
 

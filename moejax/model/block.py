@@ -113,19 +113,20 @@ def run_stack(
     x_BSD: Float[Array, "B S D"],
     positions_BS: Int[Array, "#B S"],
     segment_ids_BS: Int[Array, "B S"] | None,
-    remat: Literal["none", "cheap", "full"],
+    cfg: ModelConfig,
     mesh: MeshConfig,
 ) -> tuple[Float[Array, "B S D"], BlockStats | None]:
-    """The blocks of `stack` one after the other; the stats have a leading dim of layers.
+    """The blocks of `stack` one after the other, `cfg.unroll` in a round; the stats have a leading dim of layers.
 
-    With FSDP and HSDP `blocks` lie in shards, and are gathered one layer ahead.
+    With FSDP and HSDP `blocks` lie in shards, and are gathered one layer ahead, one in a round.
     """
-    is_gathered = mesh.sharding != "zero1"
-    in_loop = not is_gathered or is_scanned(blocks)
+    is_gathered, layers = mesh.sharding != "zero1", len(jax.tree.leaves(blocks)[0])
+    in_loop = is_scanned(blocks) if is_gathered else cfg.unroll < layers
 
     def layer(block: Block, x: Array, positions: Array, segment_ids: Array | None) -> tuple[Array, BlockStats | None]:
-        return run_block(block, x, positions, segment_ids, remat, in_loop)
+        return run_block(block, x, positions, segment_ids, cfg.remat, in_loop)
 
     if is_gathered:
         return scan_gathered(layer, mesh, x_BSD.dtype, blocks, x_BSD, (positions_BS, segment_ids_BS))
-    return jax.lax.scan(lambda x, block: layer(block, x, positions_BS, segment_ids_BS), x_BSD, blocks)
+    body = lambda x, block: layer(block, x, positions_BS, segment_ids_BS)  # noqa: E731
+    return jax.lax.scan(body, x_BSD, blocks, unroll=min(cfg.unroll, layers))

@@ -85,7 +85,7 @@ class Transformer(nnx.Module):
         if self.moe_blocks is None:
             return x_BSD, []
         positions_BS = jnp.arange(x_BSD.shape[1])[None]
-        x_BSD, stats = run_stack(self.moe_blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)
+        x_BSD, stats = run_stack(self.moe_blocks, x_BSD, positions_BS, segment_ids_BS, self.cfg, self.mesh)
         assert stats is not None
         return x_BSD, [stats]
 
@@ -122,7 +122,7 @@ class Transformer(nnx.Module):
         if self.dense_blocks is None:
             return embedded_BSD
         positions_BS = jnp.arange(embedded_BSD.shape[1])[None]
-        return run_stack(self.dense_blocks, embedded_BSD, positions_BS, segment_ids_BS, self.cfg.remat, self.mesh)[0]
+        return run_stack(self.dense_blocks, embedded_BSD, positions_BS, segment_ids_BS, self.cfg, self.mesh)[0]
 
     def leave(
         self,
