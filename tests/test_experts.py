@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moejax.ops import grouped
 from moejax.ops.experts import routed_swiglu, sort_by_expert
 from moejax.ops.grouped import grouped_dot, grouped_outer
 
@@ -15,7 +16,7 @@ D, F = 8, 4
 ROUTINGS = {
     "one token": (1, 4, 2),
     "some": (50, 4, 2),
-    "one group longer than a large block": (300, 2, 2),
+    "one group longer than a large block": (500, 2, 2),
     "many experts, most of them empty": (5, 64, 2),
 }
 
@@ -61,8 +62,12 @@ def assert_equal_to_naive(ids_TK, num_experts, **passes):
         np.testing.assert_allclose(g, w, rtol=0, atol=bound, err_msg=name)
 
 
+@pytest.mark.parametrize("blocks", [None, (16, 4)], ids=["blocks as they are", "small blocks"])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_routed_experts_match_naive(routing):
+def test_routed_experts_match_naive(routing, blocks, monkeypatch):
+    if blocks:
+        monkeypatch.setattr(grouped, "_LARGE", blocks[0])
+        monkeypatch.setattr(grouped, "_SMALL", blocks[1])
     tokens, experts, per_token = ROUTINGS[routing]
     order = np.argsort(np.random.default_rng(2).random((tokens, experts)), axis=1)
     assert_equal_to_naive(jnp.asarray(order[:, :per_token], jnp.int32), experts)
@@ -140,7 +145,7 @@ def test_cost_follows_the_rows_and_not_the_number_of_experts():
         *shapes, jax.ShapeDtypeStruct((experts,), jnp.int32)
     )
     products = [e.outvars[0].aval.shape for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
-    assert sorted(products) == [(64, F), (256, F)]
+    assert sorted(products) == [(128, F), (384, F)]
 
 
 def equations(jaxpr):

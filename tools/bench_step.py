@@ -41,8 +41,10 @@ def main() -> None:
 
 def compare(steps: int, torch: str | None) -> dict[str, Any]:
     """Medians over the steps of both, and what share of the machine's peak they reach."""
+    from moejax.launch.host_memory import keep_freed_memory
     from moejax.model.count import train_flops_per_token
 
+    keep_freed_memory()  # as `moejax train` does on CPU
     config = bench_config()
     peer = Peer(torch) if torch else None
     own_step = moejax_step(config)
@@ -168,6 +170,7 @@ def bench_config() -> Any:
         mtp=MTPConfig(depth=0),
         init_std=0.02,
         remat="none",
+        unroll=3,  # all MoE layers
     )
     data = DataConfig(sequence_length=LENGTH, batch_size=ROWS)
     return RunConfig(steps=1, precision="fp32", model=model, data=data, optimizer=OptimizerConfig(moments="fp32"))

@@ -30,7 +30,7 @@ from moejax.ops.fp8 import (
 from moejax.ops.platform import by_platform
 from moejax.varying import vary_like, zeros_varying
 
-_LARGE, _SMALL = 256, 64  # rows of a product inside a group, and at its end
+_LARGE, _SMALL = 384, 128  # rows of a product inside a group, and at its end
 
 
 def grouped_dot(
