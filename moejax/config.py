@@ -188,6 +188,10 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
 
+# settings of how the model is computed: another value gives the same numbers, but for rounding
+HOW_COMPUTED = ("model.attention.block", "model.remat", "model.unroll", "model.loss_chunk", "model.keep_logits")
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 

@@ -49,7 +49,8 @@ def checkpoint(run_config, shared):
         if folder.exists():
             return folder
         model = run_config.model
-        model = dataclasses.replace(model, moe=dataclasses.replace(model.moe, **LAYOUTS[layout]))
+        moe = dataclasses.replace(model.moe, **LAYOUTS[layout])
+        model = dataclasses.replace(model, moe=moe, unroll=2)  # of which the layout says nothing
         if layout != "v3":
             model = dataclasses.replace(model, mtp=MTPConfig(depth=0))
         if layout == "v2_lite":
@@ -96,6 +97,7 @@ def test_a_model_goes_out_and_in_bitwise(layout, checkpoint, tmp_path, capsys):
         here.config,
         attention=dataclasses.replace(here.config.attention, block=back.config.attention.block),
         remat=back.config.remat,
+        unroll=back.config.unroll,
         loss_chunk=back.config.loss_chunk,
         mtp=back.config.mtp,
     )

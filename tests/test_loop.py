@@ -208,6 +208,11 @@ def test_another_model_in_the_same_folder_is_refused(finished, change):
         train(other)
 
 
+def test_a_run_goes_on_with_the_same_model_computed_another_way(finished, change):
+    result = train(dataclasses.replace(change(change(finished, "model.remat", "full"), "model.unroll", 2), steps=7))
+    assert (result.ended, result.step) == ("finished", 7)
+
+
 @pytest.mark.slow
 def test_a_batch_that_grows_is_counted(run_config, change):
     micro = change(run_config, "pipeline.microbatches", 2)

@@ -4,10 +4,19 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from moejax.config import AttentionConfig, BalanceConfig, ConfigError, ModelConfig, MoEConfig, MTPConfig, YarnConfig
+from moejax.config import (
+    HOW_COMPUTED,
+    AttentionConfig,
+    BalanceConfig,
+    ConfigError,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    YarnConfig,
+)
 
 # settings of the training alone, which the layout does not have
-_TRAINING = ("model.attention.block", "model.moe.balance", "model.remat", "model.loss_chunk", "model.keep_logits")
+_TRAINING = ("model.moe.balance", *HOW_COMPUTED)
 
 
 def config_from_hf(hf: dict[str, Any]) -> ModelConfig:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from moejax.checkpoint import reading
 from moejax.checkpoint.manager import Checked, Checkpoints
-from moejax.config import ConfigError, RunConfig
+from moejax.config import HOW_COMPUTED, ConfigError, RunConfig
 from moejax.data.dataset import Data
 from moejax.model.count import abstract_model, num_parameters
 from moejax.train.copies import fetch
@@ -211,13 +211,16 @@ def _who_read(found: Found) -> str:
 
 
 def require_same_model(config: RunConfig, folder: Path) -> None:
-    """Raises ConfigError where the run folder holds a run of another model; it names the settings that differ."""
+    """Raises ConfigError where the run folder holds a run of another model; it names the settings that differ.
+
+    How the model is computed, `HOW_COMPUTED`, may differ.
+    """
     file = folder / "config.json"
     if not (file.is_file() and (folder / "checkpoints").is_dir()):
         return
     before = RunConfig.from_json(file.read_text(encoding="utf-8"))
     there, here = (dict(_flat(dataclasses.asdict(model), "model")) for model in (before.model, config.model))
-    differ = [name for name in there | here if there.get(name) != here.get(name)]
+    differ = [name for name in there | here if there.get(name) != here.get(name) and name not in HOW_COMPUTED]
     if differ:
         listed = [f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differ[:LISTED]]
         listed += [f"{len(differ) - LISTED} more differ"] if len(differ) > LISTED else []
