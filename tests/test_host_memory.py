@@ -1,10 +1,8 @@
+import os
 import subprocess
 import sys
-import types
 
 import pytest
-
-from moejax.launch.host_memory import runs_on_cpu
 
 PROGRAM = """
 import resource, sys
@@ -35,18 +33,31 @@ def test_memory_that_was_freed_is_met_again_without_page_faults():
     assert 10 * page_faults("keep") < page_faults("as it comes")
 
 
-def test_jax_with_no_plugin_runs_on_cpu(monkeypatch):
-    def plugins(group):
-        return found if group == "jax_plugins" else ()
+STARTS = """
+import sys
+import jax
+from moejax.launch.host_memory import will_run_on_cpu
 
-    found = ()
-    monkeypatch.setattr("importlib.metadata.entry_points", plugins)
-    for asked, there, expected in (
-        ("", (), True),
-        ("cpu", ("cuda",), True),
-        ("cuda,cpu", ("cuda",), False),
-        ("", ("cuda",), False),
-    ):
-        found = there
-        monkeypatch.setattr("jax.config", types.SimpleNamespace(jax_platforms=asked))
-        assert runs_on_cpu() is expected, (asked, there)
+if len(sys.argv) > 1:
+    jax.config.update("jax_platforms", sys.argv[1])
+before = will_run_on_cpu()
+jax.devices("cpu")
+print(before, will_run_on_cpu())
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "plugin", "expected"),
+    [((), False, True), ((), True, False), (("cpu",), True, True), (("cuda,cpu",), False, False)],
+)
+def test_jax_will_run_on_cpu_until_it_has_started(asked, plugin, expected, tmp_path):
+    """A plugin is a package that says so in its metadata."""
+    if plugin:
+        package = tmp_path / "plugin-1.dist-info"
+        package.mkdir()
+        (package / "METADATA").write_text("Name: plugin\nVersion: 1\n")
+        (package / "entry_points.txt").write_text("[jax_plugins]\nnone = no_such_module\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": ""}
+    command = [sys.executable, "-c", STARTS, *asked]
+    said = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert said.stdout.split() == [str(expected), "False"], said.stderr

@@ -13,18 +13,33 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8  # of malloc.h
 _HUGE, _ADVICE_HUGE = 2**21, 14  # bytes of a huge page; MADV_HUGEPAGE
 
 
-def runs_on_cpu() -> bool:
-    """Whether JAX will run on CPU: that is asked for, or there is no plugin for anything else."""
+def will_run_on_cpu() -> bool:
+    """Whether JAX is yet to start here, and will run on CPU: as it was asked to, or as it has no plugin."""
     import jax
 
+    if _has_started():
+        return False
     asked = jax.config.jax_platforms  # type: ignore[attr-defined]
     return asked.split(",")[0] == "cpu" if asked else not importlib.metadata.entry_points(group="jax_plugins")
+
+
+def _has_started() -> bool:
+    """Whether JAX has its devices: then it takes no other number of them."""
+    import jax
+
+    devices = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    try:
+        jax.config.update("jax_num_cpu_devices", devices + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", devices)
+    return False
 
 
 def keep_freed_memory() -> None:
     """From now on this process keeps what it has freed, in one heap of huge pages; nothing where libc is not glibc.
 
-    The process then stays as large as it once was. To be called before the threads start that are to use the heap.
+    The process then stays as large as it once was. To be called before JAX starts: its threads are to use that heap.
     """
     if not sys.platform.startswith("linux"):
         return

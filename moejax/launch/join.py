@@ -9,7 +9,7 @@ import sys
 import threading
 
 from moejax.config import ConfigError, RunConfig
-from moejax.launch.host_memory import keep_freed_memory, runs_on_cpu
+from moejax.launch.host_memory import keep_freed_memory, will_run_on_cpu
 from moejax.launch.meeting import meet
 from moejax.launch.place import Place, find_place
 
@@ -47,7 +47,7 @@ def join(config: RunConfig) -> RunConfig:
         if config.simulate % processes:
             raise ConfigError("simulate", config.simulate, f"a multiple of the {processes} processes of this run")
         simulate(config.simulate // processes)
-    if runs_on_cpu():
+    if will_run_on_cpu():
         keep_freed_memory()
     if place is not None:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
