@@ -20,6 +20,7 @@ from moejax.config import ONE_DEVICE, MeshConfig, OptimizerConfig, PipelineConfi
 from moejax.data.batches import Batch
 from moejax.mesh import BATCH_AXES, make_mesh, one_device_mesh, resolve
 from moejax.model import prefetch
+from moejax.ops import grouped, plain_attention
 from moejax.plan.collectives import collectives
 from moejax.train.state import abstract_state, new_state
 from moejax.train.step import StepSettings, make_train_step, place
@@ -99,9 +100,9 @@ def assert_close(got, want, rtol):
         np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
-def assert_same_as_one_device(config, mesh_config, routing):
+def assert_same_as_one_device(config, mesh_config, routing, want=None):
     metrics, moments, state = trained(config, mesh_config, routing)
-    want_metrics, want_moments, want_state = reference(config, routing)
+    want_metrics, want_moments, want_state = want or reference(config, routing)
     for got, want in zip(metrics, want_metrics, strict=True):
         np.testing.assert_array_equal(got.counts, want.counts)
         for name in ("loss", "mtp_loss", "balance_loss", "grad_norm"):
@@ -157,6 +158,16 @@ def test_layers_in_a_loop_equal_one_device(config, change):
     """The models of the other tests have so few layers that they are not scanned with FSDP."""
     config = change(config, "model.num_layers", config.model.num_dense_layers + prefetch.UNROLLED + 1)
     assert_same_as_one_device(config, MeshConfig(data=2, expert=4, sharding="fsdp"), "skewed")
+
+
+def test_layers_unrolled_and_attention_row_by_row_equal_one_device(config, change, monkeypatch):
+    """One device has the layers in a loop, attention in one block and all rows at once, and large blocks of experts."""
+    want = reference(config, "skewed")
+    monkeypatch.setattr(plain_attention, "_SCORES", 1)
+    monkeypatch.setattr(grouped, "_LARGE", 16)
+    monkeypatch.setattr(grouped, "_SMALL", 4)
+    config = change(change(config, "model.unroll", 9), "model.attention.block", 5)
+    assert_same_as_one_device(config, MeshConfig(data=2, expert=2), "skewed", want)
 
 
 # ------------------------------------------------------------------------------------------------- the compiled program
