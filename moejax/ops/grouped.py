@@ -30,7 +30,7 @@ from moejax.ops.fp8 import (
 from moejax.ops.platform import by_platform
 from moejax.varying import vary_like, zeros_varying
 
-_LARGE, _SMALL = 384, 128  # rows of a product inside a group, and at its end
+_LARGE, _SMALL = 768, 128  # most rows of a product, and of what its rows are a multiple
 
 
 def grouped_dot(
@@ -87,20 +87,14 @@ def _dot(x_RK: Array, w_EKN: Array, sizes_E: Array | None, dtype: DTypeLike) -> 
     if sizes_E is None:
         return (x_RK @ w_EKN[0].astype(x_RK.dtype)).astype(dtype)
 
-    def expert(y_RN: Array, group: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        w_KN, start, size = group
-        w_KN = w_KN.astype(x_RK.dtype)
-
-        def block(y_RN: Array, offset: Array, rows: int, own: Array | None) -> Array:
-            y = (lax.dynamic_slice_in_dim(x_RK, offset, rows) @ w_KN).astype(dtype)
-            if own is not None:
-                y = jnp.where(own, y, lax.dynamic_slice_in_dim(y_RN, offset, rows))
-            return lax.dynamic_update_slice_in_dim(y_RN, y, offset, 0)
-
-        return _for_blocks(start, size, len(x_RK), block, y_RN), None
+    def block(y_RN: Array, expert: Array, offset: Array, own: Array) -> Array:
+        w_KN = lax.dynamic_index_in_dim(w_EKN, expert, keepdims=False).astype(x_RK.dtype)
+        y = (lax.dynamic_slice_in_dim(x_RK, offset, len(own)) @ w_KN).astype(dtype)
+        y = jnp.where(own, y, lax.dynamic_slice_in_dim(y_RN, offset, len(own)))
+        return lax.dynamic_update_slice_in_dim(y_RN, y, offset, 0)
 
     nothing = vary_like(zeros_varying((len(x_RK), w_EKN.shape[2]), dtype, x_RK), w_EKN)
-    return lax.scan(expert, nothing, (w_EKN, _starts(sizes_E), sizes_E))[0]
+    return _for_blocks(sizes_E, len(x_RK), block, nothing)
 
 
 def _outer(x_RI: Array, dy_RO: Array, sizes_E: Array | None) -> Array:
@@ -110,19 +104,13 @@ def _outer(x_RI: Array, dy_RO: Array, sizes_E: Array | None) -> Array:
     if sizes_E is None:
         return outer(x_RI, dy_RO)[None]
 
-    def expert(_: None, group: tuple[Array, Array]) -> tuple[None, Array]:
-        start, size = group
+    def block(dw_EIO: Array, expert: Array, offset: Array, own: Array) -> Array:
+        x, dy = (jnp.where(own, lax.dynamic_slice_in_dim(a, offset, len(own)), 0) for a in (x_RI, dy_RO))
+        dw = lax.dynamic_index_in_dim(dw_EIO, expert, keepdims=False) + outer(x, dy)
+        return lax.dynamic_update_index_in_dim(dw_EIO, dw, expert, 0)
 
-        def block(dw_IO: Array, offset: Array, rows: int, own: Array | None) -> Array:
-            x, dy = (lax.dynamic_slice_in_dim(a, offset, rows) for a in (x_RI, dy_RO))
-            if own is not None:
-                x, dy = jnp.where(own, x, 0), jnp.where(own, dy, 0)
-            return dw_IO + outer(x, dy)
-
-        nothing = zeros_varying((x_RI.shape[1], dy_RO.shape[1]), jnp.float32, dy_RO)
-        return None, _for_blocks(start, size, len(x_RI), block, nothing)
-
-    return lax.scan(expert, None, (_starts(sizes_E), sizes_E))[1]
+    nothing = zeros_varying((len(sizes_E), x_RI.shape[1], dy_RO.shape[1]), jnp.float32, dy_RO)
+    return _for_blocks(sizes_E, len(x_RI), block, nothing)
 
 
 def _scaled_dot(x: ScaledRows, w: ScaledBlocks, sizes_E: Array | None, dtype: DTypeLike) -> Array:
@@ -153,25 +141,32 @@ def _scaled_outer(x: ScaledColumns, dy: ScaledColumns, sizes_E: Array | None) ->
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _for_blocks(start: Array, size: Array, num_rows: int, body: Callable[..., Any], carry: Any) -> Any:
-    """`carry` after `body(carry, offset, rows, own)` for blocks of rows that cover `size` rows from `start`.
+def _for_blocks(sizes_E: Array, num_rows: int, body: Callable[..., Any], carry: Any) -> Any:
+    """`carry` after `body(carry, expert, offset, own)` for blocks of rows that cover all groups.
 
-    `own` says which rows of a block are in the group and not in an earlier block; None: all. Only the small blocks at
-    the end of a group have others.
+    `own` [rows, 1] says which rows of a block are in the group and not in an earlier block. A group of up to `_LARGE`
+    rows is one block, of the least length that holds it; blocks of one length are a loop, whatever their experts.
     """
     large, small = (min(rows, num_rows) for rows in (_LARGE, _SMALL))
-    whole = size // large
-    carry = lax.fori_loop(0, whole, lambda i, c: body(c, start + i * large, large, None), carry)
-    rest, end = start + whole * large, start + size
+    *shorter, _ = lengths = [min(rows, large) for rows in range(small, large + small, small)]
+    ends_E = jnp.cumsum(sizes_E)
+    starts_E, whole_E = ends_E - sizes_E, sizes_E // large
+    rest_E = starts_E + whole_E * large
+    last_E = -(-(ends_E - rest_E) // small)  # which length a group's last block has, from 1 on; 0: it has none
 
-    def at_the_end(i: Array, carry: Any) -> Any:
-        wanted = rest + i * small
-        offset = jnp.minimum(wanted, num_rows - small)
-        place = offset + jnp.arange(small)
-        return body(carry, offset, small, ((place >= wanted) & (place < end))[:, None])
+    def blocks(rows: int, number_E: Array, first_E: Array, carry: Any) -> Any:
+        until_E = jnp.cumsum(number_E)
 
-    return lax.fori_loop(0, -(-(end - rest) // small), at_the_end, carry)
+        def block(i: Array, carry: Any) -> Any:
+            expert = (until_E <= i).sum()
+            first = first_E[expert] + (i - until_E[expert] + number_E[expert]) * rows
+            offset = jnp.minimum(first, num_rows - rows)
+            place = offset + jnp.arange(rows)
+            return body(carry, expert, offset, ((place >= first) & (place < ends_E[expert]))[:, None])
 
+        return lax.fori_loop(0, until_E[-1], block, carry)
 
-def _starts(sizes_E: Array) -> Array:
-    return jnp.cumsum(sizes_E) - sizes_E
+    carry = blocks(large, whole_E + (last_E == len(lengths)), starts_E, carry)
+    for kind, rows in enumerate(shorter, 1):
+        carry = blocks(rows, (last_E == kind).astype(sizes_E.dtype), rest_E, carry)
+    return carry

@@ -125,17 +125,18 @@ def _backward_of_few(
     block: int,
 ) -> tuple[Array, Array, Array]:
     q, k, v, dout, delta = (_heads_first(x) for x in (q, k, v, dout, delta))
+    q_BHKS, dout_BHVS = q.mT, dout.mT  # products of turned factors would be slow ones on CPU
     dqs, dks, dvs = [], [], []
     for start, end in _parts(q.shape[2], block):
         queries = slice(start, end)
         scores = _scores_before(q, k, segments, start, end, scale)
         weights = jnp.exp(scores - log_sum[:, :, queries, None])
-        dvs.append(_product("bhqk,bhqd->bhkd", weights.astype(dout.dtype), dout[:, :, queries]))
+        dvs.append(_product("bhdq,bhqk->bhdk", dout_BHVS[..., queries], weights.astype(dout.dtype)))
         dweights = _product("bhqd,bhkd->bhqk", dout[:, :, queries], v[:, :, :end])
         dscores = (weights * (dweights - delta[:, :, queries, None]) * scale).astype(q.dtype)
         dqs.append(_product("bhqk,bhkd->bhqd", dscores, k[:, :, :end]))
-        dks.append(_product("bhqk,bhqd->bhkd", dscores, q[:, :, queries]))
-    sums = jnp.concatenate(dqs, 2), _sum_of_starts(dks, block), _sum_of_starts(dvs, block)
+        dks.append(_product("bhdq,bhqk->bhdk", q_BHKS[..., queries], dscores))
+    sums = jnp.concatenate(dqs, 2), _sum_of_starts(dks, block).mT, _sum_of_starts(dvs, block).mT
     dq, dk, dv = (_heads_first(x.astype(like.dtype)) for x, like in zip(sums, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -147,12 +148,12 @@ def _scores_before(q: Array, k: Array, segments: Array | None, start: int, end: 
 
 
 def _sum_of_starts(parts: list[Array], block: int) -> Array:
-    """The sum of arrays [B, H, end, d] of growing ends, each of which is short of zeros."""
+    """The sum of arrays [B, H, d, end] of growing ends, each of which is short of zeros."""
     blocks = [
-        functools.reduce(jnp.add, (part[:, :, start : start + block] for part in parts[start // block :]))
-        for start in range(0, parts[-1].shape[2], block)
+        functools.reduce(jnp.add, (part[..., start : start + block] for part in parts[start // block :]))
+        for start in range(0, parts[-1].shape[3], block)
     ]
-    return jnp.concatenate(blocks, 2)
+    return jnp.concatenate(blocks, 3)
 
 
 # ------------------------------------------------------------------------------------------------- many of both kinds
