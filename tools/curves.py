@@ -1,12 +1,13 @@
 """How far loss curves of one config part that should be equal: on a pipeline, in FP8.
 
     python tools/curves.py pipeline [CONFIG] [--steps 100] [--out FOLDER]
-    python tools/curves.py fp8 [CONFIG] [--steps 2000] [--out FOLDER] [--seeds 0 1 2 3] [--at-once 2]
+    python tools/curves.py fp8 [CONFIG] [--steps 2000] [--out FOLDER] [--seeds 0 1 2 3] [--at-once 2] [--no-control]
 
 Three runs with the same data and seed each. The first two differ in the order of sums alone: one device, and one device
 that adds up four micro-batches. A router's choice between two experts that are nearly equal turns a last bit into
 another path, so all curves part in time; the question is whether the third parts from the first sooner or further than
 the second does. It is DualPipe on pipe 4 x expert 2 simulated devices, all in FP32; or FP8, where the others are BF16.
+`--no-control` leaves the second out, for which several seeds can stand.
 
 Prints a table of the losses and of those smoothed as in section 3.3.4 of the V3 report (each step adds a tenth of
 itself), and draws the latter. Of several seeds it shows the mean curves, and how far the mean over a whole run is
@@ -39,6 +40,7 @@ COMPARISONS = {
     },
 }
 QUIET = ("--log.pictures-every", "100000", "--log.sample-tokens", "0", "--log.tensorboard", "False")
+COLOURS = ("#6b7280", "#d9730d")  # of all runs but the first
 KEPT = 0.9  # of the smoothed loss, in a step
 PUBLISHED = 0.0025  # bound of the relative difference between FP8 and BF16
 
@@ -51,9 +53,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/curves"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--no-control", action="store_true", help="without the run that adds in another order alone")
     parser.add_argument("--at-once", type=int, default=1, help="runs at one time, which share the processors")
     options = parser.parse_args()
-    runs = COMPARISONS[options.comparison]
+    runs = dict(COMPARISONS[options.comparison])
+    if options.no_control:
+        del runs[list(runs)[1]]
     share = {"NPROC": str(max(1, (os.cpu_count() or 1) // options.at_once))} if options.at_once > 1 else {}
 
     def run(seed: int, name: str) -> np.ndarray:
@@ -61,8 +66,8 @@ def main() -> None:
         return trained(options.config, options.out / f"{name.replace(',', '').replace(' ', '_')}_{seed}", words, share)
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        running = {name: [pool.submit(run, seed, name) for seed in options.seeds] for name in runs}
-        losses = {name: np.stack([loss.result() for loss in loss_of_seeds]) for name, loss_of_seeds in running.items()}
+        running = [{name: pool.submit(run, seed, name) for name in runs} for seed in options.seeds]  # whole seeds first
+        losses = {name: np.stack([of_seed[name].result() for of_seed in running]) for name in runs}
     smooth = {name: smoothed(loss) for name, loss in losses.items()}
     print(table({name: loss.mean(0) for name, loss in losses.items()}))
     print("\nsmoothed\n")
@@ -124,7 +129,7 @@ def draw(losses: dict[str, np.ndarray], bound: float | None) -> Figure:
     (first_name, first), *others = losses.items()
     steps = range(1, first.shape[1] + 1)
     above.plot(steps, first.mean(0), color="black", linewidth=2, label=first_name)
-    for colour, (name, loss) in zip(("#6b7280", "#d9730d"), others, strict=True):
+    for colour, (name, loss) in zip(COLOURS[-len(others) :], others, strict=True):
         above.plot(steps, loss.mean(0), color=colour, linewidth=1, label=name)
         if len(loss) > 1:
             below.plot(steps, 100 * (loss / first - 1).T, color=colour, linewidth=0.4, alpha=0.5)
