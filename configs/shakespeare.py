@@ -3,7 +3,7 @@
     python -m moejax train configs/shakespeare.py --data.train shakespeare.txt
 
 The text is one file, of which the last tenth is for validation, as in nanoGPT; a character of it is a byte. Expect a
-validation loss of 1.68 nats per character after the 2000 steps, where nanoGPT states 1.88 for as many steps of 12 x 64
+validation loss of 1.64 nats per character after the 2000 steps, where nanoGPT states 1.88 for as many steps of 12 x 64
 characters. (This model has 2.4 million parameters, 0.9 million of them per character; nanoGPT's has 0.8 million.)
 """
 
@@ -39,7 +39,7 @@ def config() -> RunConfig:
             init_std=0.02,
             remat="none",
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-3, beta2=0.99, moments="fp32"),
+        optimizer=OptimizerConfig(peak_lr=1e-3, beta2=0.99, moments="fp32"),
         schedule=ScheduleConfig(
             warmup_steps=100,
             learning_rate=(Phase(until=0.3, value=1.0), Phase(until=1.0, value=0.1, shape="cosine")),
