@@ -145,9 +145,7 @@ def _for_blocks(sizes_E: Array, num_rows: int, body: Callable[..., Any], carry: 
     """`carry` after `body(carry, expert, offset, own)` for blocks of rows that cover all groups.
 
     `own` [rows, 1] says which rows of a block are in the group and not in an earlier block. A group of up to `_LARGE`
-    rows is one block, of the least length that holds it; blocks of one length are a loop, whatever their experts. The
-    loops stand in a scan of one round, which XLA leaves out: what weaves passes takes a scan for a product, and a loop
-    of any number of rounds for work that there seldom is (`pipeline/interleave.py`).
+    rows is one block, of the least length that holds it; blocks of one length are a loop, whatever their experts.
     """
     large, small = (min(rows, num_rows) for rows in (_LARGE, _SMALL))
     *shorter, _ = lengths = [min(rows, large) for rows in range(small, large + small, small)]
@@ -168,10 +166,7 @@ def _for_blocks(sizes_E: Array, num_rows: int, body: Callable[..., Any], carry: 
 
         return lax.fori_loop(0, until_E[-1], block, carry)
 
-    def of_all_lengths(carry: Any, _: None) -> tuple[Any, None]:
-        carry = blocks(large, whole_E + (last_E == len(lengths)), starts_E, carry)
-        for kind, rows in enumerate(shorter, 1):
-            carry = blocks(rows, (last_E == kind).astype(sizes_E.dtype), rest_E, carry)
-        return carry, None
-
-    return lax.scan(of_all_lengths, carry, length=1)[0]
+    carry = blocks(large, whole_E + (last_E == len(lengths)), starts_E, carry)
+    for kind, rows in enumerate(shorter, 1):
+        carry = blocks(rows, (last_E == kind).astype(sizes_E.dtype), rest_E, carry)
+    return carry

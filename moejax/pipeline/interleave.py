@@ -221,10 +221,11 @@ def _products(eqns: _Equations) -> _Equations:
 def _work(eqn: jc.JaxprEqn) -> float:
     """The operations of its products: exact for a plain one, about as many as there are for one in a loop or kernel.
 
-    A loop that may have any number of trips has none as a rule: the exchange's later rounds.
+    A loop that may have any number of trips is a grouped product if it multiplies itself; if what it runs are such
+    loops or kernels, it is the exchange's later rounds and has no trip as a rule.
     """
     name, params = eqn.primitive.name, eqn.params
-    if not _num_products(eqn) or name == "while":
+    if not _num_products(eqn) or (name == "while" and not _multiplies(params["body_jaxpr"].jaxpr)):
         return 0.0
     if name == "dot_general":
         ((summed, _), _), left = params["dimension_numbers"], _shape(eqn.invars[0])
@@ -247,6 +248,16 @@ def _shape(v: jc.Var | jc.Literal) -> tuple[int, ...]:
 def _num_products(eqn: jc.JaxprEqn) -> int:
     inner = (e for jaxpr in jc.jaxprs_in_params(eqn.params) for e in jaxpr.eqns)
     return (eqn.primitive.name in _PRODUCTS) + sum(_num_products(e) for e in inner)
+
+
+def _multiplies(jaxpr: jc.Jaxpr) -> bool:
+    """Whether it has a product that is in no loop or kernel of its own."""
+
+    def has_product(eqn: jc.JaxprEqn) -> bool:
+        called = jc.jaxprs_in_params(eqn.params) if eqn.primitive.name == "jit" else ()
+        return eqn.primitive.name == "dot_general" or any(map(_multiplies, called))
+
+    return any(map(has_product, jaxpr.eqns))
 
 
 # -------------------------------------------------------------------------------------------------------------- phases
