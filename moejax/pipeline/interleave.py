@@ -221,8 +221,9 @@ def _products(eqns: _Equations) -> _Equations:
 def _work(eqn: jc.JaxprEqn) -> float:
     """The operations of its products: exact for a plain one, about as many as there are for one in a loop or kernel.
 
-    A loop that may have any number of trips is a grouped product if it multiplies itself; if what it runs are such
-    loops or kernels, it is the exchange's later rounds and has no trip as a rule.
+    A loop that may have any number of trips is a grouped product if it multiplies itself, or its blocks of one length,
+    which count as all of it each; if what it runs are such loops or kernels, it is the exchange's later rounds and has
+    no trip as a rule.
     """
     name, params = eqn.primitive.name, eqn.params
     if not _num_products(eqn) or (name == "while" and not _multiplies(params["body_jaxpr"].jaxpr)):
