@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from test_backward import EXPERT_4, MESHES, Case, assert_close, count_products, make_case
 
+from moejax.ops import grouped
 from moejax.pipeline.backward import StageFunctions, reached, variables
 from moejax.pipeline.interleave import interleave_stages
 
@@ -29,9 +30,15 @@ class Pair(NamedTuple):
 
 
 @functools.cache
-def make_pair(model, ahead=("moe",), behind=("moe",), remat="none", dtype=jnp.float32, mesh=EXPERT_4) -> Pair:
+def make_pair(
+    model, ahead=("moe",), behind=("moe",), remat="none", dtype=jnp.float32, mesh=EXPERT_4, blocks=(768, 128)
+) -> Pair:
+    """`blocks`: the most rows of a grouped product's block, and of what they are a multiple; a length is a loop."""
     cases = [make_case(model, mesh, kinds, remat, dtype, seed) for seed, kinds in enumerate((ahead, behind))]
-    return Pair(*cases, *(case.traced() for case in cases))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "_LARGE", blocks[0])
+        patch.setattr(grouped, "_SMALL", blocks[1])
+        return Pair(*cases, *(case.traced() for case in cases))
 
 
 class Program(NamedTuple):
@@ -84,6 +91,8 @@ PAIRS = {
     "dense behind": {"behind": ("dense", "dense")},
     "dense": {"ahead": ("dense",), "behind": ("dense",)},
     "bf16": {"ahead": ("moe", "moe"), "remat": "cheap", "dtype": jnp.bfloat16},
+    "loops": {"remat": "cheap", "blocks": (16, 4)},
+    "loops in rounds": {"mesh": MESHES["expert 4 in rounds"], "blocks": (16, 4)},
     "short ahead": {"behind": ("moe", "dense", "moe"), "remat": "full"},
 }
 
@@ -156,6 +165,16 @@ def test_equations_are_those_of_both(model_config, name):
     assert kinds(eqn for phase in traced(model_config, name).phases for eqn in phase) == both
 
 
+def test_a_grouped_product_of_several_lengths_of_blocks_is_several_loops(model_config):
+    """As the tests here of such products take for granted."""
+
+    def loops(name):
+        phases = traced(model_config, name).phases
+        return sum(eqn.primitive.name == "while" for phase in phases for eqn in products(phase))
+
+    assert loops("loops") > loops("one layer") > 0
+
+
 def test_weights_pass_no_barrier(model_config):
     """A barrier would keep the cast of a weight from being fused with its product."""
     program = traced(model_config, "bf16")
@@ -176,6 +195,7 @@ def test_without_exchanges_there_is_one_phase(model_config):
         pytest.param({"remat": "cheap", "dtype": jnp.bfloat16}, id="cheap, bf16"),
         pytest.param({"remat": "full", "mesh": MESHES["data 2 x expert 2"]}, id="full, data 2 x expert 2"),
         pytest.param({"ahead": ("dense",), "behind": ("moe",)}, id="dense ahead"),
+        pytest.param(PAIRS["loops"], id="loops"),
         pytest.param({"ahead": ("moe", "moe"), "behind": ("dense", "moe")}, id="unequal", marks=pytest.mark.slow),
     ],
 )
