@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moejax.report import pictures
 from moejax.report.pictures import draw_expert_load, draw_losses, draw_pictures, read_lines
 
 NAMES = {"losses.png", "expert_load.png", "speed.png", "training.png"}
@@ -39,6 +40,19 @@ def test_pictures_are_drawn(steps, tmp_path):
     for name in NAMES:
         with Image.open(tmp_path / "pictures" / name) as image:
             assert image.width >= 900 and len(np.unique(np.asarray(image))) > 10
+
+
+def test_losses_show_the_validation_at_the_end(tmp_path, monkeypatch):
+    """It comes after the last step's line of metrics, and is an event alone."""
+    write_run(tmp_path, [metrics(step) for step in range(1, 16)])
+    with (tmp_path / "events.jsonl").open("a") as events:
+        events.write('{"kind": "validation", "step": 10, "valid_loss": 9.0}\n{"kind": "validation", "step": 13}\n')
+        events.write('{"kind": "validation", "step": 15, "valid_loss": 2.25}\n{"kind": "finished", "step": 15}\n')
+    drawn = {}
+    monkeypatch.setattr(pictures, "_save", lambda figure, path: drawn.setdefault(path.stem, figure))
+    draw_pictures(tmp_path)
+    (valid,) = (line for line in drawn["losses"].axes[0].get_lines() if str(line.get_label()).startswith("valid"))
+    np.testing.assert_array_equal(valid.get_xydata(), [(10, 2.5), (15, 2.25)])
 
 
 def test_line_that_is_cut_off_is_left_out(tmp_path):

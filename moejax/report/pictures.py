@@ -35,7 +35,7 @@ def draw_pictures(run_folder: str | Path) -> list[Path]:
     events, loads = read_lines(folder / "events.jsonl"), read_lines(folder / "expert_load.jsonl")
     unigram = next((event["unigram_loss"] for event in events if event.get("unigram_loss") is not None), None)
     figures = {
-        "losses": draw_losses(steps, unigram),
+        "losses": draw_losses(_with_validations(steps, events), unigram),
         "speed": draw_speed(steps),
         "training": draw_training(steps),
     }
@@ -144,6 +144,12 @@ def _axes_style(axes: Axes) -> None:
 
 def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def _with_validations(steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of the steps with what was measured after them: the validation at the end has an event alone."""
+    after = {event["step"]: event["valid_loss"] for event in events if event.get("valid_loss") is not None}
+    return [{"valid_loss": after.get(line["step"]), **line} for line in steps]
 
 
 def _series(steps: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
