@@ -10,8 +10,11 @@ the second does. It is DualPipe on pipe 4 x expert 2 simulated devices, all in F
 `--no-control` leaves the second out, for which several seeds can stand.
 
 Prints a table of the losses and of those smoothed as in section 3.3.4 of the V3 report (each step adds a tenth of
-itself), and draws the latter. Of several seeds it shows the mean curves, and how far the mean over a whole run is
-apart, with the standard error that the seeds give it. A run that is there is not repeated.
+itself), and draws the latter. Of several seeds it shows the mean curves, and how far the means over spans of steps are
+apart, with the standard errors that the seeds give them. Two models that are equally good differ on one batch, the more
+so the smaller it is: how far the smoothed curves part from that alone is said last.
+
+A run that is there is not repeated.
 """
 
 import argparse
@@ -72,8 +75,10 @@ def main() -> None:
     print(table({name: loss.mean(0) for name, loss in losses.items()}))
     print("\nsmoothed\n")
     print(table({name: loss.mean(0) for name, loss in smooth.items()}))
-    print("\nmean over the run\n")
-    print("\n".join(f"{name}: {mean:+.2%} ± {error:.2%}" for name, (mean, error) in apart(smooth).items()))
+    print("\nmeans of the smoothed\n")
+    print(means_table(smooth))
+    print("\nfrom one step to the next alone, a standard deviation of the smoothed mean")
+    print("\n".join(f"{name}: {value:.2%}" for name, value in batch_noise(losses).items()))
     picture = options.out / "curves.png"
     draw(smooth, PUBLISHED if options.comparison == "fp8" else None).savefig(picture, dpi=150)
     print(f"\n{picture}")
@@ -96,27 +101,52 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     return np.stack(found, axis=1)
 
 
-def apart(losses: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """The mean of the relative difference to the first run over all steps and seeds, and its standard error.
-
-    It is that of the seeds' means; of one seed nan.
-    """
-    first, *others = losses.values()
-    means = [(other / first - 1).mean(1) for other in others]
-    errors = [mean.std(ddof=1) / len(mean) ** 0.5 if len(mean) > 1 else float("nan") for mean in means]
-    return {name: (m.mean(), e) for name, m, e in zip(list(losses)[1:], means, errors, strict=True)}
-
-
 def table(losses: dict[str, np.ndarray]) -> str:
-    """In Markdown: the largest relative difference to the first run, in spans of steps that double."""
+    """The largest relative difference of curves [steps] to the first, in spans of steps."""
     names, (first, *others) = list(losses), losses.values()
-    ends = [5 * 2**i for i in range(20) if 5 * 2**i < len(first)] + [len(first)]
-    rows = [["steps", f"loss, {names[0]}", *names[1:]], ["---", *["---:"] * len(names)]]
-    for start, end in zip([0, *ends], ends, strict=False):
-        span = slice(start, end)
-        apart = (np.abs(other / first - 1)[span].max() for other in others)
-        rows.append([f"{start + 1} to {end}", f"{first[end - 1]:.4f}", *(f"{value:.1e}" for value in apart)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [["steps", f"loss, {names[0]}", *names[1:]]]
+    for start, end in spans(len(first)):
+        largest = (np.abs(other / first - 1)[start:end].max() for other in others)
+        rows.append([f"{start + 1} to {end}", f"{first[end - 1]:.4f}", *(f"{value:.1e}" for value in largest)])
+    return markdown(rows)
+
+
+def means_table(losses: dict[str, np.ndarray]) -> str:
+    """The mean relative difference of curves [seeds, steps] to the first, in spans and over all steps.
+
+    Its standard error is that of the seeds' means; of one seed nan.
+    """
+    names, (first, *others) = list(losses), losses.values()
+    rows = [["steps", *names[1:]]]
+    for start, end in [*spans(first.shape[1]), (0, first.shape[1])]:
+        means = [(other / first - 1)[:, start:end].mean(1) for other in others]
+        errors = [mean.std(ddof=1) / len(mean) ** 0.5 if len(mean) > 1 else float("nan") for mean in means]
+        shown = (f"{mean.mean():+.2%} ± {error:.2%}" for mean, error in zip(means, errors, strict=True))
+        rows.append([f"{start + 1} to {end}", *shown])
+    return markdown(rows)
+
+
+def batch_noise(losses: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far the smoothed mean over seeds parts from the first by what has no memory from step to step.
+
+    Of the relative differences of losses [seeds, steps] in the second half of the run, where models have parted.
+    """
+    first, *others = (loss.mean(0)[loss.shape[1] // 2 :] for loss in losses.values())
+    once = [np.diff(other / first).std() / 2**0.5 for other in others]  # both steps of a difference vary
+    kept = ((1 - KEPT) / (1 + KEPT)) ** 0.5  # by the smoothing
+    return {name: float(value * kept) for name, value in zip(list(losses)[1:], once, strict=True)}
+
+
+def spans(steps: int) -> list[tuple[int, int]]:
+    """First steps and ends of spans that double."""
+    ends = [5 * 2**i for i in range(20) if 5 * 2**i < steps] + [steps]
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is the heading."""
+    heading, *others = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heading, ["---", *["---:"] * (len(heading) - 1)], *others])
 
 
 def draw(losses: dict[str, np.ndarray], bound: float | None) -> Figure:
