@@ -20,7 +20,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from moejax.ops.fp8 import ScaledColumns, ScaledRows, named, quantise_columns, quantise_rows
+from moejax.ops.fp8 import KeptRows, ScaledColumns, ScaledRows, keep_rows, kept_rows, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, weighted_swiglu, weighted_swiglu_gradient
 from moejax.varying import vary_like, zeros_varying
@@ -166,17 +166,17 @@ def _swiglu_forward(
         u, kept = scaled_swiglu(h, weights_R) if fp8 else (weighted_swiglu(h, weights_R), h)
         return _sums(grouped_dot(u, down, rows.sizes, dtype), rows), kept
 
-    kept = None
+    kept: Any = None
     if keep:
         first = _pass(rows, 0, max_rows)
         y, kept = output(hidden(first), first)
         name = "expert_hidden"
-        kept = named(kept, name) if isinstance(kept, ScaledRows) else checkpoint_name(kept, name)
+        kept = keep_rows(kept, name) if isinstance(kept, ScaledRows) else checkpoint_name(kept, name)
     else:
         y = zeros_varying(x.shape, dtype, x)
     more = lambda rows, y: plus(y, output(hidden(rows), rows)[0])  # noqa: E731
     y = _for_passes(int(keep), rows, max_rows, more, y.astype(dtype))
-    return y, (tokens, weights, kept, *experts, rows)
+    return y, (x if scaled is None else keep_rows(scaled), weights, kept, *experts, rows)
 
 
 class _Backward(NamedTuple):
@@ -194,6 +194,7 @@ def _swiglu_backward(
 ) -> tuple[Array, None, Array, Array, Array, None]:
     """The tokens' gradients and the experts' do not wait for each other, so that a pipeline can defer the latter."""
     tokens, weights, kept, gate_up, down, rows = saved
+    tokens, kept = (kept_rows(a) if isinstance(a, KeptRows) else a for a in (tokens, kept))
     dtype = dy_TD.dtype
     gate_up, down = gate_up.astype(dtype), down.astype(dtype)
     results = quantise_rows(dy_TD, power_of_two=True) if fp8 else dy_TD

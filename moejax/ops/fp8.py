@@ -36,6 +36,18 @@ class ScaledRows(NamedTuple):
     scales: Array  # float32 [*B, ceil(I / 128)]
 
 
+class KeptRows(NamedTuple):
+    """`ScaledRows` as a backward pass keeps them, from `keep_rows` to `kept_rows`.
+
+    As bytes, for two reasons. XLA for CPUs writes E4M3 into a larger array (a layer's into that of all layers) by
+    turning all of it into float16 and back. And of a number that is saved and also used JAX rounds what is used
+    (`reduce_precision`), where XLA takes E4M3 to end at 240, as if it had an infinity: larger ones would become NaN.
+    """
+
+    bits: Array  # uint8 [*B, I]
+    scales: Array  # float32 [*B, ceil(I / 128)]
+
+
 class ScaledColumns(NamedTuple):
     """Numbers whose scales are of 128 tokens x 1, transposed.
 
@@ -152,17 +164,21 @@ def dequantise_blocks(w: ScaledBlocks) -> Float[Array, "E N K"]:
     return w.values.astype(jnp.float32) * scales
 
 
+# ---------------------------------------------------------------------------------------------- for the backward pass
+
+
+def keep_rows(rows: ScaledRows, name: str | None = None) -> KeptRows:
+    """`name`: under which policies of `jax.checkpoint` know them."""
+    kept = KeptRows(lax.bitcast_convert_type(rows.values, jnp.uint8), rows.scales)
+    return kept if name is None else KeptRows(*(checkpoint_name(a, name) for a in kept))
+
+
+def kept_rows(kept: KeptRows) -> ScaledRows:
+    """What `keep_rows` was given."""
+    return ScaledRows(lax.bitcast_convert_type(kept.bits, E4M3), kept.scales)
+
+
 # ------------------------------------------------------------------------------------------------------------- pieces
-
-
-def named(rows: ScaledRows, name: str) -> ScaledRows:
-    """The rows under a name for policies of `jax.checkpoint`, the values as bytes.
-
-    Of a number that is saved and also used JAX rounds what is used (`reduce_precision`), and XLA takes E4M3 to end at
-    240, as if it had an infinity: larger ones would become NaN.
-    """
-    bits = checkpoint_name(lax.bitcast_convert_type(rows.values, jnp.uint8), name)
-    return ScaledRows(lax.bitcast_convert_type(bits, E4M3), checkpoint_name(rows.scales, name))
 
 
 def one_group(sizes_E: Int[Array, "E"] | None, num_rows: int) -> Int[Array, "E"]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from moejax.ops.fp8 import ScaledRows, named, quantise_both, quantise_columns, quantise_rows
+from moejax.ops.fp8 import KeptRows, keep_rows, kept_rows, quantise_both, quantise_columns, quantise_rows
 from moejax.ops.grouped import grouped_dot, grouped_outer
 from moejax.ops.swiglu import scaled_swiglu, scaled_swiglu_gradient, swiglu
 from moejax.varying import vary_like
@@ -75,17 +75,17 @@ def _scaled_linear(x: Array, w: Array, power_of_two: bool) -> Array:
     return _scaled_linear_forward(x, w, power_of_two)[0]
 
 
-def _scaled_linear_forward(x: Array, w: Array, power_of_two: bool) -> tuple[Array, tuple[ScaledRows, Array]]:
+def _scaled_linear_forward(x: Array, w: Array, power_of_two: bool) -> tuple[Array, tuple[KeptRows, Array]]:
     x_TI = quantise_rows(_flat(x), power_of_two)
     y_TO = grouped_dot(x_TI, w[None], None, x.dtype)
-    return y_TO.reshape(*x.shape[:-1], -1), (x_TI, w)
+    return y_TO.reshape(*x.shape[:-1], -1), (keep_rows(x_TI), w)
 
 
-def _scaled_linear_backward(power_of_two: bool, saved: tuple[ScaledRows, Array], dy: Array) -> tuple[Array, Array]:
-    x_TI, w = saved
+def _scaled_linear_backward(power_of_two: bool, saved: tuple[KeptRows, Array], dy: Array) -> tuple[Array, Array]:
+    kept, w = saved
     dy_TO, dy_columns = quantise_both(_flat(dy), None)
     dx_TI = grouped_dot(dy_TO, w[None], None, dy.dtype, transposed=True)
-    dw = grouped_outer(quantise_columns(x_TI, None, power_of_two), dy_columns, None)
+    dw = grouped_outer(quantise_columns(kept_rows(kept), None, power_of_two), dy_columns, None)
     return dx_TI.reshape(*dy.shape[:-1], -1), dw[0].astype(w.dtype)
 
 
@@ -100,19 +100,19 @@ def _scaled_feed_forward(x: Array, gate_up: Array, down: Array) -> Array:
 def _scaled_feed_forward_forward(x: Array, gate_up: Array, down: Array) -> tuple[Array, tuple]:
     x_TD = quantise_rows(_flat(x))
     h_TG = grouped_dot(x_TD, gate_up[None], None, x.dtype)
-    u_TF, kept = scaled_swiglu(h_TG, _ones(h_TG))
+    u_TF, h = scaled_swiglu(h_TG, _ones(h_TG))
     y_TD = grouped_dot(u_TF, down[None], None, x.dtype)
-    return y_TD.reshape(x.shape), (x_TD, named(kept, "mlp_hidden"), gate_up, down)
+    return y_TD.reshape(x.shape), (keep_rows(x_TD), keep_rows(h, "mlp_hidden"), gate_up, down)
 
 
 def _scaled_feed_forward_backward(saved: tuple, dy: Array) -> tuple[Array, Array, Array]:
-    x_TD, kept, gate_up, down = saved
+    x, h, gate_up, down = saved
     dy_TD, dy_columns = quantise_both(_flat(dy), None)
     du_TF = grouped_dot(dy_TD, down[None], None, dy.dtype, transposed=True)
-    dh, dh_columns, u_columns, _ = scaled_swiglu_gradient(kept, _ones(du_TF), du_TF, None)
+    dh, dh_columns, u_columns, _ = scaled_swiglu_gradient(kept_rows(h), _ones(du_TF), du_TF, None)
     dx_TD = grouped_dot(dh, gate_up[None], None, dy.dtype, transposed=True)
     ddown = grouped_outer(u_columns, dy_columns, None)[0]
-    dgate_up = grouped_outer(quantise_columns(x_TD, None), dh_columns, None)[0]
+    dgate_up = grouped_outer(quantise_columns(kept_rows(x), None), dh_columns, None)[0]
     return dx_TD.reshape(dy.shape), dgate_up.astype(gate_up.dtype), ddown.astype(down.dtype)
 
 

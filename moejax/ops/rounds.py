@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from moejax.ops.exchange import Rows, Slots, Visits, assign_slots, combine, dispatch, dispatch_choices, find_visits
 from moejax.ops.experts import plus, routed_swiglu, sort_by_expert
-from moejax.ops.fp8 import named
+from moejax.ops.fp8 import keep_rows, kept_rows
 from moejax.ops.hops import Exchange, Hop
 from moejax.ops.routing import expert_counts
 from moejax.varying import vary_over, zeros_varying
@@ -142,7 +142,7 @@ def _kept(rows: Rows) -> Rows:
     """Rows that the backward pass is not to send again, kept as they travelled."""
     if rows.scaled is None:
         return Rows(checkpoint_name(rows.x, "dispatched"), None)
-    return Rows(rows.x, named(rows.scaled, "dispatched"))
+    return Rows(rows.x, kept_rows(keep_rows(rows.scaled, "dispatched")))
 
 
 # ----------------------------------------------------------------------------------------------------------- all rounds
