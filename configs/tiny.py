@@ -42,7 +42,7 @@ def config() -> RunConfig:
             init_std=0.02,
             remat="none",
         ),
-        optimizer=OptimizerConfig(peak_lr=3e-3, moments="fp32"),
+        optimizer=OptimizerConfig(peak_lr=2e-3, moments="fp32"),
         schedule=ScheduleConfig(
             warmup_steps=20,
             learning_rate=(Phase(until=0.5, value=1.0), Phase(until=1.0, value=0.1, shape="cosine")),
