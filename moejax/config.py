@@ -16,6 +16,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Precision = Literal["fp32", "bf16", "fp8"]
+
 
 class ConfigError(ValueError):
     """A setting, or a file that a setting names, cannot be used. `str(error)` is one line for the user."""
@@ -474,7 +476,7 @@ class RunConfig:
     resume_from: str | None = None
     resume_optimizer: bool = False  # with the optimizer's moments of that run, too
     # of the compute; master weights are FP32. fp8: E4M3 in tiles in the linear layers of all blocks, else BF16
-    precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    precision: Precision = "bf16"
     # a step that takes longer ends the run with exit code 11; compiling, restoring, validating, saving and drawing may
     # take 4 times as long. None: no limit
     hang_seconds: float | None = 1800.0

@@ -139,6 +139,25 @@ def test_the_experts_that_are_read_are_those_that_the_layers_count(run):
     np.testing.assert_array_equal([np.bincount(layer.ravel(), minlength=8) for layer in experts], counts)
 
 
+def test_precision_is_that_of_the_run_or_another(run, text, tmp_path, capsys):
+    """FP8 moves every loss a little, of a run as of its weights in a Hugging Face folder."""
+    hf = tmp_path / "hf"
+    assert main(["export-hf", str(run), str(hf), "--dtype", "fp32"]) == 0
+
+    def loss(folder, *words):
+        capsys.readouterr()
+        assert main(["eval", str(folder), str(text / "words.txt"), "--length", "16", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)["total"]["loss"]
+
+    exact = loss(run)  # a run in FP32
+    assert loss(run, "--precision", "fp32") == exact
+    np.testing.assert_allclose(loss(hf), exact, rtol=1e-6)
+    for folder in (run, hf):
+        for precision in ("bf16", "fp8"):
+            assert 0 < abs(loss(folder, "--precision", precision) / exact - 1) < 2.0**-7
+    np.testing.assert_allclose(loss(hf, "--precision", "fp8"), loss(run, "--precision", "fp8"), rtol=1e-6)
+
+
 def test_a_table_is_printed(run, text, capsys, monkeypatch):
     monkeypatch.chdir(text)
     assert main(["eval", str(run), "words.txt", "--length", "16"]) == 0

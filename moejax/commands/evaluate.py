@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 from rich.table import Table
 
 from moejax.commands.parser import Parser
+from moejax.config import Precision
 
 if TYPE_CHECKING:
     from moejax.serve.evaluate import Evaluation
@@ -26,11 +27,13 @@ def eval_command(words: Sequence[str]) -> int:
         "--stride", type=int, help="tokens by which windows move; None: the length, so none is read twice"
     )
     parser.add_argument("--rows", type=int, default=8, help="windows that are read at a time")
+    parser.add_argument("--precision", choices=get_args(Precision), help="of the compute; None: the run's")
     parser.add_argument("--json", action="store_true", help="all of it as JSON, with the share of every expert")
     options = parser.parse_args(list(words))
     from moejax.serve.evaluate import evaluate
 
-    found = evaluate(options.run, options.data, length=options.length, stride=options.stride, rows=options.rows)
+    windows = {"length": options.length, "stride": options.stride, "rows": options.rows}
+    found = evaluate(options.run, options.data, **windows, precision=options.precision)
     if options.json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.config import ConfigError, DataConfig
+from moejax.config import ConfigError, DataConfig, Precision
 from moejax.data.cache import TokenFile, open_tokens
 from moejax.data.sources import Source, find_sources
 from moejax.data.tokens import Tokenizer
@@ -78,6 +78,7 @@ def evaluate(
     stride: int | None = None,
     rows: int = 8,
     reading: DataConfig | None = None,
+    precision: Precision | None = None,
 ) -> Evaluation:
     """Reads text with a model, windows at a time.
 
@@ -89,6 +90,7 @@ def evaluate(
         stride: see above; None: the length.
         rows: windows at a time.
         reading: `text_field`, `bad_line`, `exclude` and `mask_documents`; None: those of the run, else the defaults.
+        precision: as `moejax.load` takes it, of a model that is loaded here.
 
     Raises:
         ConfigError: text that cannot be read, a model without a tokenizer, or a number that does not fit.
@@ -98,7 +100,7 @@ def evaluate(
     reading = reading or DataConfig()
     domains = _domains(files, reading)  # what can be wrong with words comes before what takes time
     _require_above_0(length=length, stride=stride, rows=rows)
-    model = model if isinstance(model, Model) else load(model)
+    model = model if isinstance(model, Model) else load(model, precision=precision)
     if model.tokenizer is None:
         raise ConfigError("RUN", "", "a model whose folder has a tokenizer.json")
     length = min(model.context, LONGEST) if length is None else length

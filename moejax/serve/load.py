@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, RunConfig
+from moejax.config import ONE_DEVICE, ConfigError, MeshConfig, ModelConfig, Precision, RunConfig
 from moejax.data.tokens import Tokenizer, open_tokenizer
 from moejax.mesh import BATCH_AXES, fit, make_mesh, one_device_mesh
 from moejax.model.decoder import taken_apart
@@ -127,25 +127,26 @@ class Model:
         return CompiledTogether(jax.jit(answer))
 
 
-def load(folder: str | Path, mesh: MeshConfig | None = None) -> Model:
+def load(folder: str | Path, mesh: MeshConfig | None = None, precision: Precision | None = None) -> Model:
     """The model in a run folder (its newest whole checkpoint), a checkpoint folder or a Hugging Face folder.
 
     Args:
         folder: where it is.
         mesh: over which the weights, and the prompts that are answered together, are spread, whatever mesh the run
             had; a length of -1 takes the devices that are left. None: one device.
+        precision: of the compute. None: the run's; FP32 of a Hugging Face folder.
 
     Raises:
         ConfigError: none of these is at `folder`, what is there is not whole, or the model does not divide over `mesh`.
     """
     path = Path(folder)
     if _is_hugging_face(path):
-        return _load_hugging_face(path, mesh)
+        return _load_hugging_face(path, mesh, precision or "fp32")
     wanted = "a run folder, one of its checkpoints/<step>, or a Hugging Face folder"
     config, checkpoints, step = open_source("RUN", path, wanted)
     with checkpoints:
         cfg, devices = _placement(mesh, config.model)
-        config = replace(config, mesh=cfg)
+        config = replace(config, mesh=cfg, precision=precision or config.precision)
         state = abstract_state(config, devices)
         shapes = {"model": {"params": state.params, "router_bias": state.router_bias}}
         before = tuple(checkpoints.load_meta(step)["layer_of_slot"])
@@ -190,17 +191,18 @@ def _is_hugging_face(folder: Path) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def _load_hugging_face(folder: Path, mesh: MeshConfig | None) -> Model:
+def _load_hugging_face(folder: Path, mesh: MeshConfig | None, precision: Precision) -> Model:
     config, module = load_hf(folder)
     cfg, devices = _placement(mesh, config)
-    spread = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), config, cfg))
+    fp8 = precision == "fp8"
+    spread = jax.eval_shape(lambda: Transformer(nnx.Rngs(params=jax.random.key(0)), config, cfg, fp8=fp8))
     placed = [jax.device_put(x, NamedSharding(devices, spec)) for x, spec in _leaves_and_specs(module, cfg)]
     module = jax.tree.unflatten(jax.tree.structure(spread), placed)
     file = folder / "tokenizer.json"
     tokenizer = open_tokenizer(str(file), vocab_size=config.vocab_size) if file.is_file() else None
     yarn = config.attention.yarn
     context = int(yarn.factor * yarn.original_length) if yarn is not None else 4096
-    return Model(config, module, devices, tokenizer, context, FLOATS["fp32"])
+    return Model(config, module, devices, tokenizer, context, FLOATS[precision])
 
 
 def _leaves_and_specs(module: Transformer, cfg: MeshConfig) -> Iterator[tuple[Array, P]]:
