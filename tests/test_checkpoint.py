@@ -187,11 +187,17 @@ def test_failure_of_another_process_ends_a_save_that_waits_for_it(tmp_path, stat
     """This one is the first of two, and would wait for the checksums of the other."""
     other = Failure("wanted a disk with space left for a checkpoint", "a disk with space left for a checkpoint")
     agree = lambda value: [value, State(False, other) if isinstance(value, State) else value]  # noqa: E731
-    gone_on = threading.Event()
-    monkeypatch.setattr(commit, "is_complete", lambda path, wait: gone_on.wait(wait))
+    waits, gone_on = threading.Event(), threading.Event()
+
+    def is_complete(path, wait):
+        waits.set()
+        return gone_on.wait(wait)
+
+    monkeypatch.setattr(commit, "is_complete", is_complete)
     with Checkpoints(tmp_path, None, agree) as checkpoints:
         checkpoints.save(1, {"model": state}, {})
         saving = checkpoints._saving
+        assert waits.wait(60)  # its own files are written: what is given up is deleted
         assert checkpoints.wait().failure == other and saving.is_alive()
         gone_on.set()
         saving.join()
