@@ -152,10 +152,18 @@ def test_precision_is_that_of_the_run_or_another(run, text, tmp_path, capsys):
     exact = loss(run)  # a run in FP32
     assert loss(run, "--precision", "fp32") == exact
     np.testing.assert_allclose(loss(hf), exact, rtol=1e-6)
-    for folder in (run, hf):
-        for precision in ("bf16", "fp8"):
-            assert 0 < abs(loss(folder, "--precision", precision) / exact - 1) < 2.0**-7
-    np.testing.assert_allclose(loss(hf, "--precision", "fp8"), loss(run, "--precision", "fp8"), rtol=1e-6)
+    bf16, fp8 = (loss(run, "--precision", precision) for precision in ("bf16", "fp8"))
+    assert len({exact, bf16, fp8}) == 3
+    np.testing.assert_allclose([bf16, fp8], exact, rtol=2.0**-7)
+    for precision, want in (("bf16", bf16), ("fp8", fp8)):
+        np.testing.assert_allclose(loss(hf, "--precision", precision), want, rtol=1e-6)
+
+
+def test_precision_that_cannot_be_is_named(run, text):
+    with pytest.raises(ConfigError, match="precision='fp16': wanted one of bf16, fp32, fp8"):
+        moejax.load(run, precision="fp16")
+    with pytest.raises(ConfigError, match="precision='fp8': wanted none where the model is loaded already"):
+        evaluate(moejax.load(run), [text / "words.txt"], precision="fp8")
 
 
 def test_a_table_is_printed(run, text, capsys, monkeypatch):

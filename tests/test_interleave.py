@@ -13,6 +13,8 @@ from moejax.ops import grouped
 from moejax.pipeline.backward import StageFunctions, reached, variables
 from moejax.pipeline.interleave import interleave_stages
 
+BLOCKS = grouped._LARGE, grouped._SMALL
+
 
 class Pair(NamedTuple):
     """A stage whose forward pass runs beside the backward pass of another."""
@@ -31,7 +33,7 @@ class Pair(NamedTuple):
 
 @functools.cache
 def make_pair(
-    model, ahead=("moe",), behind=("moe",), remat="none", dtype=jnp.float32, mesh=EXPERT_4, blocks=(768, 128)
+    model, ahead=("moe",), behind=("moe",), remat="none", dtype=jnp.float32, mesh=EXPERT_4, blocks=BLOCKS
 ) -> Pair:
     """`blocks`: the most rows of a grouped product's block, and of what they are a multiple; a length is a loop."""
     cases = [make_case(model, mesh, kinds, remat, dtype, seed) for seed, kinds in enumerate((ahead, behind))]
@@ -172,7 +174,7 @@ def test_a_grouped_product_of_several_lengths_of_blocks_is_several_loops(model_c
         phases = traced(model_config, name).phases
         return sum(eqn.primitive.name == "while" for phase in phases for eqn in products(phase))
 
-    assert loops("loops") > loops("one layer") > 0
+    assert loops("loops in rounds") > loops("more rounds") > 0  # the same but for the blocks
 
 
 def test_weights_pass_no_barrier(model_config):

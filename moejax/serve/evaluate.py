@@ -90,12 +90,15 @@ def evaluate(
         stride: see above; None: the length.
         rows: windows at a time.
         reading: `text_field`, `bad_line`, `exclude` and `mask_documents`; None: those of the run, else the defaults.
-        precision: as `moejax.load` takes it, of a model that is loaded here.
+        precision: as `moejax.load` takes it; only where that loads the model.
 
     Raises:
         ConfigError: text that cannot be read, a model without a tokenizer, or a number that does not fit.
     """
-    if not isinstance(model, Model):
+    if isinstance(model, Model):
+        if precision is not None:
+            raise ConfigError("precision", precision, "none where the model is loaded already")
+    else:
         reading = reading or _settings(Path(model))
     reading = reading or DataConfig()
     domains = _domains(files, reading)  # what can be wrong with words comes before what takes time

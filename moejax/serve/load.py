@@ -137,8 +137,11 @@ def load(folder: str | Path, mesh: MeshConfig | None = None, precision: Precisio
         precision: of the compute. None: the run's; FP32 of a Hugging Face folder.
 
     Raises:
-        ConfigError: none of these is at `folder`, what is there is not whole, or the model does not divide over `mesh`.
+        ConfigError: none of these is at `folder`, what is there is not whole, the model does not divide over `mesh`, or
+            there is no such precision.
     """
+    if precision is not None and precision not in FLOATS:
+        raise ConfigError("precision", precision, f"one of {', '.join(FLOATS)}")
     path = Path(folder)
     if _is_hugging_face(path):
         return _load_hugging_face(path, mesh, precision or "fp32")
